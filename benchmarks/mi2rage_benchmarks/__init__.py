@@ -1,0 +1,1 @@
+"""Latency and parity against the PyTorch baseline; the demo."""

@@ -1,0 +1,1 @@
+"""Samples, micro-world, chain, teacher, selection, classifier, evaluation."""
