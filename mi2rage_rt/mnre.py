@@ -38,7 +38,9 @@ def _entity(row: dict[str, Any], key: str, tokens: list[str]) -> tuple[int, int]
     start, end = position
     name = entity.get("name")
     if name is not None and 0 <= start < end <= len(tokens) and " ".join(tokens[start:end]) != name:
-        raise ValueError(f"'{key}' is named {name!r}, but its tokens [{start}, {end}] read {' '.join(tokens[start:end])!r}")
+        raise ValueError(
+            f"'{key}' is named {name!r}, but its tokens [{start}, {end}] read {' '.join(tokens[start:end])!r}"
+        )
     return start, end
 
 
@@ -51,7 +53,9 @@ def row_from_line(line: str) -> MnreRow:
     try:
         row = ast.literal_eval(line.strip())
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"not an MNRE row: expected a Python dict literal or a JSON object, got {line.strip()[:60]!r}") from error
+        raise ValueError(
+            f"not an MNRE row: expected a Python dict literal or a JSON object, got {line.strip()[:60]!r}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"not an MNRE row: expected a dict, got {type(row).__name__}")
     tokens = row.get("token")

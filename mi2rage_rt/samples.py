@@ -154,9 +154,13 @@ def _rows(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}); expected JSONL or MNRE rows") from error
+        raise DataError(
+            f"{path}: not a UTF-8 text file ({error.reason} at byte {error.start}); expected JSONL or MNRE rows"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of samples, JSONL or MNRE") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); expected a file of samples, JSONL or MNRE"
+        ) from error
 
 
 def read_samples(path: Path | str, *, skip_bad: bool = False, bad_rows: list[BadRow] | None = None) -> list[Sample]:
@@ -182,7 +186,9 @@ def read_samples(path: Path | str, *, skip_bad: bool = False, bad_rows: list[Bad
                 raise ValueError(f"id {sample.id!r} stands in line {seen[sample.id]} already; ids must be unique")
         except ValueError as error:
             if not skip_bad:
-                raise DataError(f"{path}, line {number}: {error}; correct the row, or pass --skip-bad to leave bad rows out") from error
+                raise DataError(
+                    f"{path}, line {number}: {error}; correct the row, or pass --skip-bad to leave bad rows out"
+                ) from error
             logger.warning("%s, line %d skipped: %s", path, number, error)
             if bad_rows is not None:
                 bad_rows.append(BadRow(number, str(error)))

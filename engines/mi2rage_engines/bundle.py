@@ -1,0 +1,126 @@
+"""The bundle: one folder with `bundle.json`, graphs, tokenizers; it opens only if it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mi2rage_engines.errors import BundleError
+from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec
+
+__all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest", "ParityRecord", "open_manifest", "record_files"]
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """A file of the bundle: its size in bytes and the hex SHA-256 of its content."""
+
+    sha256: str
+    bytes: int
+
+
+class ParityRecord(_Record):
+    """One check of an export against the PyTorch module it came from.
+
+    Attributes:
+        subject: e.g. `generator/unet` or `classifier`.
+        measure: what was compared, e.g. `max_abs`, `token_agreement`, `mean_abs_pixel`.
+        value, threshold: the figure and its bound.
+        passed: whether the bound holds.
+        cases: how many inputs were compared.
+    """
+
+    subject: str
+    measure: str
+    value: float
+    threshold: float
+    passed: bool
+    cases: int
+
+
+class Manifest(_Record):
+    """`bundle.json`. Every component is optional; every file but the manifest itself is recorded."""
+
+    schema_version: int
+    generator: GeneratorSpec | None = None
+    captioner: CaptionerSpec | None = None
+    classifier: ClassifierSpec | None = None
+    precision: str
+    source: dict[str, str]
+    tool_versions: dict[str, str]
+    parity: tuple[ParityRecord, ...]
+    files: dict[str, FileRecord]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Sizes and hashes of every file below `folder` but the manifest, by POSIX path relative to it, sorted."""
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST_NAME
+    }
+
+
+def _parse(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; expected a bundle made by 'mi2rage-rt export'")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{folder}: has no readable {MANIFEST_NAME}; expected a bundle made by 'mi2rage-rt export'"
+        ) from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+        raise BundleError(
+            f"{path}: {where}: {first['msg']}; the manifest is damaged or of another version, export again"
+        ) from error
+
+
+def open_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and check every file it names.
+
+    Args:
+        folder: the bundle.
+
+    Raises:
+        BundleError: the folder or its manifest is missing or damaged, the schema version is another one, or a file
+            is missing, changed, or of another size; the message names it.
+    """
+    manifest = _parse(folder)
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{folder}: bundle schema version {manifest.schema_version}; this release reads {SCHEMA_VERSION}; export again"
+        )
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{folder}: the file {name} is missing; copy the bundle whole, or export again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise BundleError(
+                f"{folder}: {name} has {size} bytes, expected {record.bytes}; copy the bundle again, or export again"
+            )
+        if _sha256(path) != record.sha256:
+            raise BundleError(
+                f"{folder}: {name} was changed (its SHA-256 differs from the manifest's); copy or export again"
+            )
+    return manifest

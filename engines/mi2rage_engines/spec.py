@@ -1,0 +1,180 @@
+"""What a graph takes and gives, and what a component needs beside its graphs.
+
+These are the pydantic models that `bundle.json` is made of; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Axis",
+    "CaptionerSpec",
+    "ClassifierSpec",
+    "ComponentSpec",
+    "GeneratorSpec",
+    "GraphSpec",
+    "ImagePreprocessing",
+    "LatentSpec",
+    "ScheduleTable",
+    "TensorSpec",
+    "TokenizerSpec",
+]
+
+Axis = int | str
+"""A fixed size, or the name of a dynamic axis (`batch`, `height`, `sequence`, ...)."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Spec):
+    """One named tensor; `dtype` is NumPy's name for it (`float32`, `int64`, ...)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Axis, ...]
+
+
+class GraphSpec(_Spec):
+    """One ONNX file (path relative to the bundle) with its inputs and outputs, in the graph's order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+
+
+class TokenizerSpec(_Spec):
+    """A `tokenizer.json` (path relative to the bundle) and how its ids are framed.
+
+    Attributes:
+        max_length: ids a row may hold, special ids included.
+        pad_id: what shorter rows are filled up with, on the right.
+    """
+
+    file: str
+    max_length: int = Field(gt=0)
+    pad_id: int = Field(ge=0)
+
+
+class ImagePreprocessing(_Spec):
+    """From an RGB image of any size to `pixel_values`, as CLIP's and BLIP's image processors do it.
+
+    The image is resized with Pillow's `resample` filter (`exact`: to `height` x `width`;
+    `shortest_edge`: the shorter side to `shortest_edge`, then the centre `height` x `width` is cut out), scaled by
+    1/255, and normalised as (x - mean) / std per channel.
+    """
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    resize: Literal["exact", "shortest_edge"] = "exact"
+    shortest_edge: int | None = None
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class ScheduleTable(_Spec):
+    """A sampler as numbers: step i of n computes, from the latents x and the noise z,
+
+        m = unet(input_scale[i] * x, timesteps[i])
+        x = sample_coefficient[i] * x + output_coefficient[i] * m + noise_coefficient[i] * z
+
+    starting from x = init_noise_sigma * z. DDIM (Song et al. 2021), Euler (Karras et al. 2022) and LCM
+    (Luo et al. 2023) steps all have this form; the coefficients are read off diffusers' own scheduler.
+    """
+
+    scheduler: str
+    steps: int = Field(gt=0)
+    init_noise_sigma: float
+    timesteps: tuple[float, ...]
+    input_scale: tuple[float, ...]
+    sample_coefficient: tuple[float, ...]
+    output_coefficient: tuple[float, ...]
+    noise_coefficient: tuple[float, ...]
+
+
+class LatentSpec(_Spec):
+    """The latents' shape and scale: `vae_decoder` takes latents / scaling_factor + shift_factor.
+
+    Attributes:
+        channels: latent channels.
+        downsampling: image pixels per latent cell, per side.
+        multiple: latent height and width must be multiples of this (the UNet's own down-sampling).
+    """
+
+    channels: int
+    downsampling: int
+    multiple: int
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+
+class GeneratorSpec(_Spec):
+    """Text to image: graphs `text_encoder`, `unet`, `vae_decoder` in the layout of diffusers and optimum.
+
+    `text_encoder`: input_ids int64 (batch, sequence) -> last_hidden_state (batch, sequence, width), pooler_output.
+    `unet`: sample (batch, channels, height, width), timestep float32 or int64 (scalar or (1,)),
+    encoder_hidden_states (batch, sequence, width) -> out_sample. `vae_decoder`: latent_sample -> sample in [-1, 1].
+    """
+
+    kind: Literal["generator"] = "generator"
+    name: str
+    graphs: dict[Literal["text_encoder", "unet", "vae_decoder"], GraphSpec]
+    tokenizer: TokenizerSpec
+    schedules: tuple[ScheduleTable, ...]
+    latents: LatentSpec
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+
+
+class CaptionerSpec(_Spec):
+    """Image to text: graphs `vision` and `decoder` (one graph for prefill, past length 0, and for every step).
+
+    `vision`: pixel_values (batch, 3, h, w) -> cross_keys, cross_values float32 (layers, batch, heads, patches, size).
+    `decoder`: input_ids int64 (batch, sequence), past_keys, past_values (layers, batch, heads, past, size), cross_keys,
+    cross_values -> logits (batch, sequence, vocabulary), present_keys, present_values
+    (layers, batch, heads, past + sequence, size). Rows of one call have equal lengths; none is padded.
+
+    Attributes:
+        bos_id: the first id of every caption (BLIP's `[DEC]`); a prefix's ids follow it.
+        eos_id: ends a caption.
+        max_new_tokens: the default bound on what is written.
+    """
+
+    kind: Literal["captioner"] = "captioner"
+    name: str
+    graphs: dict[Literal["vision", "decoder"], GraphSpec]
+    tokenizer: TokenizerSpec
+    preprocessing: ImagePreprocessing
+    bos_id: int
+    eos_id: int
+    layers: int
+    heads: int
+    head_size: int
+    max_new_tokens: int
+
+
+class ClassifierSpec(_Spec):
+    """Relation classifier: graph `classifier`, see `mi2rage_rt.text.EntityMarkedTokenizer` for its text inputs.
+
+    input_ids, attention_mask int64 (batch, sequence); head_index, tail_index int64 (batch,): positions of the markers
+    before the head and the tail; pixel_values float32 (batch, 3, h, w); image_mask float32 (batch,), 0 where the image
+    is missing -> logits float32 (batch, labels).
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    name: str
+    graphs: dict[Literal["classifier"], GraphSpec]
+    tokenizer: TokenizerSpec
+    preprocessing: ImagePreprocessing
+    labels: tuple[str, ...]
+
+
+ComponentSpec = GeneratorSpec | CaptionerSpec | ClassifierSpec
