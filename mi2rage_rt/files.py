@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import IO
 
 from mi2rage_engines.errors import InputError
 
-__all__ = ["atomic_bytes", "atomic_folder", "atomic_text", "sha256_of"]
+__all__ = ["atomic_bytes", "atomic_folder", "atomic_text"]
 
 
 def _beside(path: Path) -> Path:
@@ -79,9 +78,3 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,7 +61,8 @@ class Manifest(_Record):
     files: dict[str, FileRecord]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -69,7 +70,7 @@ def _sha256(path: Path) -> str:
 def record_files(folder: Path) -> dict[str, FileRecord]:
     """Sizes and hashes of every file below `folder` but the manifest, by POSIX path relative to it, sorted."""
     return {
-        path.relative_to(folder).as_posix(): FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
+        path.relative_to(folder).as_posix(): FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST_NAME
     }
@@ -119,7 +120,7 @@ def open_manifest(folder: Path) -> Manifest:
             raise BundleError(
                 f"{folder}: {name} has {size} bytes, expected {record.bytes}; copy the bundle again, or export again"
             )
-        if _sha256(path) != record.sha256:
+        if sha256_of(path) != record.sha256:
             raise BundleError(
                 f"{folder}: {name} was changed (its SHA-256 differs from the manifest's); copy or export again"
             )

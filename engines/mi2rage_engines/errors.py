@@ -94,6 +94,6 @@ def require(package: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name is not None and package.split(".")[0] == error.name.split(".")[0]:
+        if error.name is not None and package.partition(".")[0] == error.name.partition(".")[0]:
             raise MissingExtraError(package, extra) from error
         raise
