@@ -12,7 +12,7 @@ from typing import IO
 
 from mi2rage_engines.errors import InputError
 
-__all__ = ["atomic_bytes", "atomic_folder", "atomic_text"]
+__all__ = ["atomic_bytes", "atomic_folder", "atomic_text", "check_absent"]
 
 
 def _beside(path: Path) -> Path:
@@ -46,6 +46,18 @@ def atomic_bytes(path: Path, content: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
+def check_absent(path: Path, *, force: bool = False) -> None:
+    """Refuse early what `atomic_folder` would refuse.
+
+    Raises:
+        InputError: `path` is a file, or a folder that is not empty and `force` is off.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; expected the name of a folder to write")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise InputError(f"{path}: exists and is not empty; give another folder, or --force to replace it")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A folder that is filled beside `path` and takes its place when the block ends well.
@@ -57,10 +69,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `path` exists and `force` is off, or `path` is a file.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: is a file; expected the name of a folder to write")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise InputError(f"{path}: exists and is not empty; give another folder, or --force to replace it")
+    check_absent(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
