@@ -1,0 +1,191 @@
+"""`mi2rage-rt`: finds the commands by entry points, loads the one that is called, and turns errors into messages.
+
+A command is a plain typed function (a Typer signature), registered in the entry-point group
+`mi2rage_rt.commands`; the first line of its docstring is its summary. Its module imports only typer at the top.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+from mi2rage_engines.errors import Mi2rageError
+
+__all__ = ["GROUP", "command_points", "main"]
+
+GROUP = "mi2rage_rt.commands"
+DISTRIBUTION = "mi2rage-rt"
+
+
+def command_points() -> dict[str, importlib.metadata.EntryPoint]:
+    """The registered commands by name, in alphabetical order.
+
+    Only our own distribution is asked: going through every installed one costs a tenth of a second.
+    """
+    try:
+        points = importlib.metadata.distribution(DISTRIBUTION).entry_points
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {point.name: point for point in sorted(points, key=lambda point: point.name) if point.group == GROUP}
+
+
+def _load(name: str, point: importlib.metadata.EntryPoint) -> Callable[..., Any]:
+    try:
+        function = point.load()
+    except (ImportError, AttributeError) as error:
+        raise Mi2rageError(f"the command '{name}' cannot be loaded: {error}; install mi2rage-rt again") from error
+    if not callable(function):
+        raise Mi2rageError(f"the command '{name}' is no function ({point.value}); install mi2rage-rt again")
+    return typing.cast(Callable[..., Any], function)
+
+
+def _summary(name: str, point: importlib.metadata.EntryPoint) -> str:
+    try:
+        return (inspect.getdoc(_load(name, point)) or "").partition("\n")[0]
+    except Mi2rageError as error:
+        return f"(unavailable: {error.__cause__ or error})"
+
+
+def _set_manners(verbose: bool, quiet: bool) -> None:
+    from mi2rage_rt import progress
+
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    # The level is that of our own packages: other people's debug lines would drown ours.
+    for package in ("mi2rage_engines", "mi2rage_rt", "mi2rage_training", "mi2rage_export", "mi2rage_benchmarks"):
+        logger = logging.getLogger(package)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+    progress.be_quiet(quiet)
+
+
+def _with_manners(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the options that every command has, `--verbose` and `--quiet`."""
+    verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
+    quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no warnings.")]
+    hints = typing.get_type_hints(function, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints.get(parameter.name, parameter.annotation))
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    common = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("verbose", verbose), ("quiet", quiet))
+    ]
+
+    @functools.wraps(function)
+    def command(*args: Any, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
+        _set_manners(verbose, quiet)
+        return function(*args, **kwargs)
+
+    del command.__wrapped__  # typer would look through it at the original signature
+    command.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+    command.__annotations__ = {**hints, "verbose": verbose, "quiet": quiet}
+    return command
+
+
+class _Commands(typer.core.TyperGroup):
+    """The root command; a subcommand's module is imported when its name is asked for."""
+
+    _listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(command_points())
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._listing = False
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        points = command_points()
+        if cmd_name not in points:
+            return None
+        point = points[cmd_name]
+        if self._listing:  # the list needs a line, not the parsed signature
+            return typer.core.TyperCommand(cmd_name, help=_summary(cmd_name, point), callback=lambda: None)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(cmd_name)(_with_manners(_load(cmd_name, point)))
+        return typer.main.get_command(app)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        self.commands = dict.fromkeys(command_points())  # type: ignore[assignment]  # for "Did you mean ...?"
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted; what was finished is kept", err=True)
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:
+            # The reader of our output went away (`| head`): no error, and nothing more to flush.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+        except (Mi2rageError, OSError, MemoryError) as error:
+            if os.environ.get("MI2RAGE_DEBUG"):
+                raise
+            typer.echo(f"error: {_message(error)}", err=True)
+            raise typer.Exit(getattr(error, "exit_code", 1)) from error
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory; give a smaller --batch-size"
+    if isinstance(error, OSError) and not isinstance(error, Mi2rageError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; nothing half-written was left behind"
+    return str(error)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from mi2rage_rt import __version__
+
+        typer.echo(f"mi2rage-rt {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train a multimodal relation extractor from one modality, export it, and run it without PyTorch."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted.
+
+    Args:
+        args: the arguments without the program's name; by default the process's own.
+    """
+    app = typer.Typer(
+        name=DISTRIBUTION,
+        cls=_Commands,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    # Typer's own help for a bare call goes to stderr with exit code 2, as a usage error should.
+    typer.main.get_command(app)(args=args, prog_name=DISTRIBUTION)
+
+
+if __name__ == "__main__":
+    main()

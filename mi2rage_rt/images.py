@@ -1,0 +1,209 @@
+"""Images in and out of files, and from images to the `pixel_values` that a vision encoder takes."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from mi2rage_engines.errors import DataError, ModelFolderError
+from mi2rage_engines.spec import ImagePreprocessing
+from numpy.typing import NDArray
+from PIL import Image as PilImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from mi2rage_rt.protocols import Image
+
+__all__ = ["MAX_PIXELS", "decode_image", "encode_image", "load_image", "pixel_values", "preprocessing_from_folder"]
+
+MAX_PIXELS = 64_000_000
+"""Images of more pixels are refused: a few kilobytes of PNG can unpack to gigabytes."""
+
+_RESAMPLE = {
+    "nearest": PilImage.Resampling.NEAREST,
+    "bilinear": PilImage.Resampling.BILINEAR,
+    "bicubic": PilImage.Resampling.BICUBIC,
+    "lanczos": PilImage.Resampling.LANCZOS,
+}
+_RESAMPLE_NAMES: dict[int, Literal["nearest", "bilinear", "bicubic", "lanczos"]] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _rgb_from_pil(picture: PilImage.Image, name: str) -> Image:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name}: {width} x {height} pixels; expected at most {MAX_PIXELS} in all; scale the image down first"
+        )
+    upright = ImageOps.exif_transpose(picture)
+    return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def _decode(source: Path | io.BytesIO, name: str) -> Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bomb warning comes earlier than our limit, which is the one that counts.
+            warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
+            with PilImage.open(source) as picture:
+                return _rgb_from_pil(picture, name)
+    except FileNotFoundError as error:
+        raise DataError(f"{name}: no such file; expected an image (JPEG, PNG, ...); check the path") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image; expected a JPEG, PNG or other format that Pillow reads") from error
+    except PilImage.DecompressionBombError as error:
+        raise DataError(f"{name}: {error}; expected at most {MAX_PIXELS} pixels; scale the image down first") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{name}: cannot be decoded ({error}); expected a whole image file; fetch it again or leave it out"
+        ) from error
+
+
+def load_image(path: Path | str) -> Image:
+    """Read an image file, turned upright as its EXIF orientation says.
+
+    Args:
+        path: a file of any format that Pillow reads; grey, palette and transparent images become RGB.
+
+    Returns:
+        uint8 `(H, W, 3)`, 0 to 255.
+
+    Raises:
+        DataError: the file is missing, no image, truncated, or has more than `MAX_PIXELS` pixels.
+    """
+    return _decode(Path(path), str(path))
+
+
+def decode_image(content: bytes, name: str = "image") -> Image:
+    """The image in encoded bytes, uint8 `(H, W, 3)`; `name` stands in messages. Raises as `load_image`."""
+    return _decode(io.BytesIO(content), name)
+
+
+def encode_image(image: Image, format: Literal["png", "jpeg"] = "png", quality: int = 90) -> bytes:
+    """Encode an image, uint8 `(H, W, 3)`; the same image gives the same bytes.
+
+    Args:
+        image: the pixels.
+        format: `png` keeps every pixel, `jpeg` does not.
+        quality: 1 to 95, for JPEG.
+    """
+    buffer = io.BytesIO()
+    picture = PilImage.fromarray(np.ascontiguousarray(image, dtype=np.uint8))
+    if format == "png":
+        picture.save(buffer, format="PNG", compress_level=6)
+    else:
+        picture.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _resized(image: Image, spec: ImagePreprocessing) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    if spec.resize == "exact":
+        size = (spec.width, spec.height)
+    else:
+        edge = spec.shortest_edge or min(spec.height, spec.width)
+        # The longer side is cut off to a whole number, as transformers' get_resize_output_image_size does.
+        size = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+    if size == (width, height):
+        return image
+    return np.asarray(PilImage.fromarray(np.ascontiguousarray(image)).resize(size, _RESAMPLE[spec.resample]))
+
+
+def _centre(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    above, left = height - image.shape[0], width - image.shape[1]
+    if above > 0 or left > 0:  # smaller than the cut: transformers pads with black, the odd pixel before
+        before = (-(-max(above, 0) // 2), -(-max(left, 0) // 2))
+        after = (max(above, 0) - before[0], max(left, 0) - before[1])
+        image = np.pad(image, ((before[0], after[0]), (before[1], after[1]), (0, 0)))
+    top, start = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, start : start + width]
+
+
+def pixel_values(images: Sequence[Image], spec: ImagePreprocessing) -> NDArray[np.float32]:
+    """What a vision encoder takes, as CLIP's and BLIP's image processors (their Pillow backend) make it.
+
+    Args:
+        images: uint8 `(H, W, 3)` each, of any sizes.
+        spec: size, filter and normalisation.
+
+    Returns:
+        float32 `(B, 3, height, width)`, normalised per channel.
+    """
+    batch = np.empty((len(images), 3, spec.height, spec.width), dtype=np.float32)
+    mean = np.array(spec.mean, dtype=np.float32)[:, None, None]
+    std = np.array(spec.std, dtype=np.float32)[:, None, None]
+    for row, image in enumerate(images):
+        resized = _resized(image, spec)
+        if spec.resize == "shortest_edge":
+            resized = _centre(resized, spec.height, spec.width)
+        scaled = (resized.transpose(2, 0, 1) * (1 / 255)).astype(np.float32)
+        batch[row] = (scaled - mean) / std
+    return batch
+
+
+def _pair(size: Any, name: str, folder: Path) -> tuple[int, int]:
+    """(height, width) from hub files' variants: 224, {"height": .., "width": ..}, [h, w]."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, list) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    raise ModelFolderError(f"{folder}: preprocessor '{name}' is {size!r}; expected a number or height and width")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    names = ("preprocessor_config.json", "processor_config.json")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise ModelFolderError(f"{folder}: has no preprocessor_config.json; expected a CLIP or BLIP model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: cannot be read ({error}); expected a JSON file; fetch it again") from error
+    config = config.get("image_processor", config) if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise ModelFolderError(f"{path}: holds no JSON object; expected an image processor's settings")
+    return config
+
+
+def preprocessing_from_folder(folder: Path | str) -> ImagePreprocessing:
+    """Read a model folder's `preprocessor_config.json` (or `processor_config.json`), CLIP's or BLIP's.
+
+    CLIP resizes the shorter edge and cuts the centre out, BLIP resizes to an exact size; `size` and `crop_size`
+    may be numbers or dicts, as in hub files of different ages.
+
+    Raises:
+        ModelFolderError: the file is missing, damaged, or asks for something else.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    size = config.get("size", 224)
+    crops = bool(config.get("do_center_crop", False))
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size if crops and isinstance(size, int) else None
+    if edge is not None:
+        height, width = _pair(config.get("crop_size", edge) if crops else None, "crop_size", folder)
+    else:
+        height, width = _pair(size, "size", folder)
+    resample = config.get("resample", 3)
+    if resample not in _RESAMPLE_NAMES:
+        raise ModelFolderError(f"{folder}: resample {resample!r}; expected one of {_RESAMPLE_NAMES}")
+    normalised = config.get("do_normalize", True)
+    return ImagePreprocessing(
+        height=height,
+        width=width,
+        resize="shortest_edge" if edge is not None else "exact",
+        shortest_edge=edge,
+        resample=_RESAMPLE_NAMES[resample],
+        mean=config.get("image_mean", _CLIP_MEAN) if normalised else (0.0, 0.0, 0.0),
+        std=config.get("image_std", _CLIP_STD) if normalised else (1.0, 1.0, 1.0),
+    )
