@@ -1,0 +1,123 @@
+"""A Stable Diffusion pipeline of diffusers' classes in about 0.2 M parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tests.models.vocabularies import save_clip_tokenizer
+
+MAX_LENGTH = 24
+PIXELS = 24
+
+
+def build_generator(
+    folder: Path,
+    *,
+    vae: Literal["kl", "tiny"] = "kl",
+    scheduler: str = "DDIMScheduler",
+    scheduler_options: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a random pipeline: 24 px images, 6x6x4 latents, one down-sampling in the UNet."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    vocabulary = save_clip_tokenizer(folder / "tokenizer", MAX_LENGTH)
+    from transformers import CLIPTokenizer
+
+    options: dict[str, Any] = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    options |= (
+        {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} if scheduler == "DDIMScheduler" else {}
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=_vae(vae),
+        text_encoder=_text_encoder(vocabulary),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=_unet(),
+        scheduler=getattr(diffusers, scheduler)(**(options | (scheduler_options or {}))),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    settings = {"steps": 4, "guidance_scale": 2.0, "height": PIXELS, "width": PIXELS}
+    (folder / "mi2rage.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def _text_encoder(vocabulary: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=6,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).eval()
+
+
+def _vae(kind: str) -> Any:
+    import torch
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if kind == "tiny":
+        return AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+            latent_channels=4,
+        ).eval()
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=PIXELS,
+        scaling_factor=0.18215,
+    )
+    with torch.no_grad():  # PyTorch's own initialisation leaves the pictures all but grey
+        vae.decoder.conv_out.weight.mul_(3)
+    return vae.eval()
+
+
+def check_generator(folder: Path) -> None:
+    """Pictures must differ between seeds and between prompts, and must not be flat."""
+    from mi2rage_training.pytorch_models import TorchGenerator
+
+    images = TorchGenerator.from_folder(folder, device="cpu").generate(["a dog", "a dog", "a red car"], [1, 2, 1])
+    assert images.shape == (3, PIXELS, PIXELS, 3)
+    assert images.dtype == np.uint8
+    spread = images.astype(np.float32)
+    assert spread.std() > 10, spread.std()
+    assert np.abs(spread[0] - spread[1]).mean() > 2
+    assert np.abs(spread[0] - spread[2]).mean() > 0.01
