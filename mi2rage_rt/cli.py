@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 import typer.main
+
 from mi2rage_engines.errors import Mi2rageError
 
 __all__ = ["GROUP", "command_points", "main"]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from mi2rage_engines.errors import DataError, ModelFolderError
-from mi2rage_engines.spec import ImagePreprocessing
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 from PIL import ImageOps, UnidentifiedImageError
 
+from mi2rage_engines.errors import DataError, ModelFolderError
+from mi2rage_engines.spec import ImagePreprocessing
 from mi2rage_rt.protocols import Image
 
 __all__ = ["MAX_PIXELS", "decode_image", "encode_image", "load_image", "pixel_values", "preprocessing_from_folder"]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from mi2rage_engines.errors import ModelFolderError
-from mi2rage_engines.spec import TokenizerSpec
 from numpy.typing import NDArray
 
+from mi2rage_engines.errors import ModelFolderError
+from mi2rage_engines.spec import TokenizerSpec
 from mi2rage_rt.files import atomic_bytes
 from mi2rage_rt.samples import Sample, Span
 
-__all__ = ["MARKERS", "EntityMarkedTokenizer", "PlainTokenizer", "load_tokenizer"]
+__all__ = ["MARKERS", "EntityMarkedTokenizer", "MarkedRow", "PlainTokenizer", "load_tokenizer"]
 
 MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
 """Open and close the head's mention, open and close the tail's."""
@@ -89,7 +89,9 @@ class PlainTokenizer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Row:
+class MarkedRow:
+    """One sentence's ids, unpadded, and the positions of `[E1]` and `[E2]` among them."""
+
     ids: list[int]
     head: int
     tail: int
@@ -155,7 +157,10 @@ class EntityMarkedTokenizer:
             `input_ids`, `attention_mask`: int64 `(B, T)`. `head_index`, `tail_index`: int64 `(B,)`, the positions
             of `[E1]` and `[E2]`.
         """
-        rows = self._rows(samples)
+        return self.collate(self.rows(samples))
+
+    def collate(self, rows: Sequence[MarkedRow]) -> dict[str, NDArray[np.int64]]:
+        """The arrays of `encode` from rows made before."""
         width = max((len(row.ids) for row in rows), default=0)
         input_ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
@@ -169,11 +174,8 @@ class EntityMarkedTokenizer:
             "tail_index": np.array([row.tail for row in rows], dtype=np.int64),
         }
 
-    def lengths(self, samples: Sequence[Sample]) -> list[int]:
-        """Each sample's number of ids, to sort batches by."""
-        return [len(row.ids) for row in self._rows(samples)]
-
-    def _rows(self, samples: Sequence[Sample]) -> list[_Row]:
+    def rows(self, samples: Sequence[Sample]) -> list[MarkedRow]:
+        """Each sample's ids, shortened to `max_length`, to sort by length or to keep between epochs."""
         words = [list(sample.tokens) for sample in samples]
         encodings = self._tokenizer.encode_batch(words, is_pretokenized=True, add_special_tokens=False)
         rows = []
@@ -186,7 +188,7 @@ class EntityMarkedTokenizer:
             rows.append(self._marked(pieces, sample.head, sample.tail))
         return rows
 
-    def _marked(self, pieces: list[list[int]], head: Span, tail: Span) -> _Row:
+    def _marked(self, pieces: list[list[int]], head: Span, tail: Span) -> MarkedRow:
         ids = list(self._frame[0])
         place = {}
         marks = _marks_by_boundary(head, tail)
@@ -196,7 +198,7 @@ class EntityMarkedTokenizer:
                 ids.append(self._markers[marker])
             if boundary < len(pieces):
                 ids.extend(pieces[boundary])
-        return _Row(ids + self._frame[1], head=place[0], tail=place[2])
+        return MarkedRow(ids + self._frame[1], head=place[0], tail=place[2])
 
 
 def _size(tokenizer: tokenizers.Tokenizer) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,28 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
+def _check_version(folder: Path, text: str) -> None:
+    # Before the whole is validated: another version's keys are not damage.
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return  # the validation says where it is broken
+    version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{folder}: bundle schema version {version}; this release reads {SCHEMA_VERSION}; export again"
+        )
+
+
+def _named_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Each component's files: (what it is, POSIX path)."""
+    for component in (manifest.generator, manifest.captioner, manifest.classifier):
+        if component is not None:
+            for name, graph in component.graphs.items():
+                yield f"{component.kind}/{name}", graph.file
+            yield f"{component.kind}'s tokenizer", component.tokenizer.file
+
+
 def _parse(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -86,13 +110,14 @@ def _parse(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder}: has no readable {MANIFEST_NAME}; expected a bundle made by 'mi2rage-rt export'"
         ) from error
+    _check_version(folder, text)
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         first: Any = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
         raise BundleError(
-            f"{path}: {where}: {first['msg']}; the manifest is damaged or of another version, export again"
+            f"{path}: {where}: {first['msg']}; the manifest is damaged; copy the bundle again, or export again"
         ) from error
 
 
@@ -107,10 +132,11 @@ def open_manifest(folder: Path) -> Manifest:
             is missing, changed, or of another size; the message names it.
     """
     manifest = _parse(folder)
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{folder}: bundle schema version {manifest.schema_version}; this release reads {SCHEMA_VERSION}; export again"
-        )
+    for subject, file in _named_files(manifest):
+        if file not in manifest.files:
+            raise BundleError(
+                f"{folder}: the file {file} of the {subject} is not among the manifest's recorded files; export again"
+            )
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():

@@ -1,0 +1,144 @@
+"""Graphs on ONNX Runtime, on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mi2rage_engines.engine import Array, checked_inputs
+from mi2rage_engines.errors import EngineError, require
+from mi2rage_engines.spec import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["OrtEngine", "default_providers", "usable_cores"]
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+_PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+def usable_cores() -> int:
+    """The cores this process may run on, which in a container are fewer than the machine's."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS or Windows
+        return os.cpu_count() or 1
+
+
+def default_providers() -> tuple[str, ...]:
+    """ONNX Runtime's providers in the order we use them: CUDA where this build has it, then the CPU."""
+    available = require("onnxruntime", "cpu").get_available_providers()
+    return tuple(provider for provider in _PREFERRED if provider in available)
+
+
+def _spec_from_node(node: Any) -> TensorSpec:
+    shape = tuple(axis if isinstance(axis, int | str) else "" for axis in node.shape)
+    return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=shape)
+
+
+def _options(ort: Any, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
+    if provider == "CUDAExecutionProvider":
+        # TF32 is on by default and costs three digits: the parity of fp32 graphs is promised to 1e-4.
+        return provider, {"use_tf32": "0"}
+    return provider
+
+
+class OrtEngine:
+    """One ONNX file in an ONNX Runtime session.
+
+    Args:
+        path: the `.onnx` file; external data lies beside it.
+        providers: execution providers in order of preference; by default `default_providers()`.
+        threads: CPU threads of one operator; by default the cores this process may use.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        EngineError: a provider is not available, or the file cannot be loaded.
+    """
+
+    def __init__(self, path: Path | str, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+        ort = require("onnxruntime", "cpu")
+        self._path = Path(path)
+        chosen = tuple(providers) if providers else default_providers()
+        available = ort.get_available_providers()
+        unknown = [provider for provider in chosen if provider not in available]
+        if unknown:
+            raise EngineError(
+                f"onnxruntime: provider {', '.join(unknown)} is not in this build; it has {', '.join(available)}; "
+                "choose one of them, or install another build (see 'mi2rage-rt doctor')"
+            )
+        if not self._path.is_file():
+            raise EngineError(f"{path}: no such file; expected an ONNX graph; export the model again")
+        try:
+            self._session = ort.InferenceSession(
+                str(self._path),
+                sess_options=_options(ort, threads or usable_cores()),
+                providers=[_with_options(provider) for provider in chosen],
+            )
+        except Exception as error:  # the binding has a class for each status code and no common base
+            raise EngineError(
+                f"{path}: onnxruntime cannot load it ({_first_line(error)}); export the model again, or see whether "
+                f"onnxruntime {ort.__version__} is too old for it"
+            ) from error
+        if self.providers[0] != chosen[0]:
+            logger.warning("%s: %s could not start; running on %s", path, chosen[0], self.providers[0])
+        self._inputs = tuple(_spec_from_node(node) for node in self._session.get_inputs())
+        self._outputs = tuple(_spec_from_node(node) for node in self._session.get_outputs())
+
+    @property
+    def name(self) -> str:
+        """The file's path."""
+        return str(self._path)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's inputs, in its order."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's outputs, in its order."""
+        return self._outputs
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that the session really uses."""
+        return tuple(self._session.get_providers())
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; see `Engine.run`."""
+        feeds = checked_inputs(self.name, self._inputs, inputs)
+        try:
+            results = self._session.run(None, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+            raise EngineError(
+                f"{self.name}: onnxruntime failed ({_first_line(error)}) on {shapes}; "
+                "try a smaller batch or other sizes"
+            ) from error
+        return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,112 @@
+"""A bundle, opened: its components as the three protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mi2rage_engines.bundle import Manifest, open_manifest
+from mi2rage_engines.errors import BundleError
+from mi2rage_engines.ort_engine import OrtEngine
+from mi2rage_engines.spec import GraphSpec
+
+if TYPE_CHECKING:
+    from mi2rage_rt.captioner import CaptionOptions, RuntimeCaptioner
+    from mi2rage_rt.classifier import RuntimeClassifier
+    from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
+
+__all__ = ["Bundle"]
+
+S = TypeVar("S")
+
+
+class Bundle:
+    """A whole bundle; graphs are loaded when their component is asked for, and belong to the caller then.
+
+    Use `Bundle.open`, with or without a `with` block.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, providers: Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._providers = providers
+        self._threads = threads
+
+    @classmethod
+    def open(cls, path: Path | str, *, providers: Sequence[str] | None = None, threads: int | None = None) -> Bundle:
+        """Check a bundle's manifest and every file of it.
+
+        Args:
+            path: the folder that `mi2rage-rt export` wrote.
+            providers: ONNX Runtime's, in order of preference; by default CUDA where it is there, then the CPU.
+            threads: CPU threads of one operator; by default the cores this process may use.
+
+        Raises:
+            BundleError: the bundle is not whole, was changed, or is of another schema version.
+        """
+        folder = Path(path)
+        return cls(folder, open_manifest(folder), providers, threads)
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the components that are in the bundle."""
+        return tuple(name for name in ("generator", "captioner", "classifier") if getattr(self.manifest, name))
+
+    def generator(self, options: GenerateOptions | None = None) -> RuntimeGenerator:
+        """Text to image.
+
+        Raises:
+            BundleError: the bundle has no generator.
+            MissingExtraError: onnxruntime is not installed.
+            EngineError: a graph cannot be loaded.
+        """
+        from mi2rage_rt.generator import RuntimeGenerator
+        from mi2rage_rt.text import PlainTokenizer
+
+        spec = self._component("generator", self.manifest.generator)
+        tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
+        return RuntimeGenerator(spec, self._engines(spec.graphs), tokenizer, options)
+
+    def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
+        """Image to text. Raises as `generator`."""
+        from mi2rage_rt.captioner import RuntimeCaptioner
+        from mi2rage_rt.text import PlainTokenizer
+
+        spec = self._component("captioner", self.manifest.captioner)
+        tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
+        return RuntimeCaptioner(spec, self._engines(spec.graphs), tokenizer, options)
+
+    def classifier(self, batch_size: int = 32) -> RuntimeClassifier:
+        """The relation classifier. Raises as `generator`."""
+        from mi2rage_rt.classifier import RuntimeClassifier
+        from mi2rage_rt.text import EntityMarkedTokenizer
+
+        spec = self._component("classifier", self.manifest.classifier)
+        tokenizer = EntityMarkedTokenizer.from_spec(spec.tokenizer, self.folder)
+        return RuntimeClassifier(spec, self._engines(spec.graphs)["classifier"], tokenizer, batch_size)
+
+    def _component(self, name: str, spec: S | None) -> S:
+        if spec is None:
+            raise BundleError(
+                f"{self.folder}: this bundle has no {name}; it has {', '.join(self.components) or 'nothing'}; "
+                "export one that has it"
+            )
+        return spec
+
+    def _engines(self, graphs: Mapping[Any, GraphSpec]) -> dict[str, OrtEngine]:
+        return {
+            str(name): OrtEngine(self.folder / graph.file, providers=self._providers, threads=self._threads)
+            for name, graph in graphs.items()
+        }
