@@ -47,6 +47,8 @@ def build_captioner(folder: Path, *, seed: int = 0) -> Path:
         initializer_range=0.2,  # the default, 1e-10, leaves the vision tower blind
     )
     model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    with torch.no_grad():  # so that some captions end before the limit
+        model.text_decoder.cls.predictions.bias[vocabulary["[SEP]"]] += 6.0
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS
     model.save_pretrained(folder)
     processor = {

@@ -27,9 +27,10 @@ from mi2rage_rt import noise
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
+    from mi2rage_engines.spec import ImagePreprocessing
     from mi2rage_rt.protocols import Image
+    from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["EMBEDDED", "SCHEDULERS", "TorchCaptioner", "TorchGenerator", "quiet_loading", "resolve", "scheduler_noise"]
 
