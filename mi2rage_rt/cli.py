@@ -20,7 +20,7 @@ import typer
 import typer.core
 import typer.main
 
-from mi2rage_engines.errors import Mi2rageError
+from mi2rage_engines.errors import Mi2rageError, MissingExtraError
 
 __all__ = ["GROUP", "command_points", "main"]
 
@@ -28,6 +28,7 @@ GROUP = "mi2rage_rt.commands"
 DISTRIBUTION = "mi2rage-rt"
 
 
+@functools.cache
 def command_points() -> dict[str, importlib.metadata.EntryPoint]:
     """The registered commands by name, in alphabetical order.
 
@@ -53,7 +54,7 @@ def _load(name: str, point: importlib.metadata.EntryPoint) -> Callable[..., Any]
 def _summary(name: str, point: importlib.metadata.EntryPoint) -> str:
     try:
         return (inspect.getdoc(_load(name, point)) or "").partition("\n")[0]
-    except Mi2rageError as error:
+    except Mi2rageError as error:  # listed all the same: calling it says more
         return f"(unavailable: {error.__cause__ or error})"
 
 
@@ -118,7 +119,7 @@ class _Commands(typer.core.TyperGroup):
             return None
         point = points[cmd_name]
         if self._listing:  # the list needs a line, not the parsed signature
-            return typer.core.TyperCommand(cmd_name, help=_summary(cmd_name, point), callback=lambda: None)
+            return typer.core.TyperCommand(cmd_name, short_help=_summary(cmd_name, point), callback=lambda: None)
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(cmd_name)(_with_manners(_load(cmd_name, point)))
         return typer.main.get_command(app)
@@ -137,20 +138,29 @@ class _Commands(typer.core.TyperGroup):
             # The reader of our output went away (`| head`): no error, and nothing more to flush.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
-        except (Mi2rageError, OSError, MemoryError) as error:
-            if os.environ.get("MI2RAGE_DEBUG"):
+        except (Mi2rageError, OSError, MemoryError, ModuleNotFoundError) as error:
+            known = _known(error)
+            if known is None or os.environ.get("MI2RAGE_DEBUG"):
                 raise
-            typer.echo(f"error: {_message(error)}", err=True)
-            raise typer.Exit(getattr(error, "exit_code", 1)) from error
+            typer.echo(f"error: {known}", err=True)
+            raise typer.Exit(known.exit_code) from error
 
 
-def _message(error: BaseException) -> str:
+def _known(error: BaseException) -> Mi2rageError | None:
+    """The error as one of ours, with a message for the user; None where it is a fault of the program."""
+    if isinstance(error, Mi2rageError):
+        return error
     if isinstance(error, MemoryError):
-        return "out of memory; give a smaller --batch-size"
-    if isinstance(error, OSError) and not isinstance(error, Mi2rageError):
+        return Mi2rageError("out of memory; give a smaller --batch-size, or use a machine with more")
+    if isinstance(error, ModuleNotFoundError):
+        from mi2rage_rt.extras import EXTRA_BY_IMPORT
+
+        package = (error.name or "").partition(".")[0]
+        return MissingExtraError(package, EXTRA_BY_IMPORT[package]) if package in EXTRA_BY_IMPORT else None
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; nothing half-written was left behind"
-    return str(error)
+        return Mi2rageError(f"{where}{error.strerror or error}; nothing half-written was left behind")
+    return None
 
 
 def _show_version(value: bool) -> None:

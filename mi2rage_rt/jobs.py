@@ -1,0 +1,229 @@
+"""The work behind the commands: whole lists through a bundle's components, results written as they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mi2rage_engines.errors import DataError, InputError
+from mi2rage_rt import noise
+from mi2rage_rt.captioner import RuntimeCaptioner
+from mi2rage_rt.classifier import RuntimeClassifier
+from mi2rage_rt.files import atomic_bytes, atomic_text
+from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
+from mi2rage_rt.image_folder import find_image
+from mi2rage_rt.images import encode_image, load_image
+from mi2rage_rt.progress import steps
+from mi2rage_rt.protocols import Image
+from mi2rage_rt.samples import Sample
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["IMAGES_MANIFEST", "caption_files", "generate_files", "predict_samples", "read_prompts"]
+
+IMAGES_MANIFEST = "manifest.jsonl"
+_ROWS_AT_ONCE = 64
+
+T = TypeVar("T")
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    if size < 1:
+        raise InputError(f"batch size {size}: expected 1 or more")
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a UTF-8 text file, one a line; blank lines are passed over.
+
+    Raises:
+        DataError: the file cannot be read or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected a UTF-8 text file, one prompt a line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{path}: no prompts in it; expected one a line")
+    return prompts
+
+
+def generate_files(
+    generator: RuntimeGenerator, prompts: Sequence[str], out: Path, *, seed: int, options: GenerateOptions, force: bool
+) -> list[dict[str, Any]]:
+    """Make one PNG a prompt and a manifest, JSON lines of file, prompt, seed, settings and SHA-256.
+
+    An interruption leaves the images made so far, whole, and a manifest of just these.
+
+    Args:
+        generator: a bundle's.
+        prompts: the k-th prompt's noise is keyed by `(seed, k)`.
+        out: the folder; made with the first image.
+        seed: of the run.
+        options: sizes, steps, guidance.
+        force: write into a folder that holds files already.
+
+    Raises:
+        InputError: `out` is in the way, or the options do not fit the generator.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; expected the name of a folder to write")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise InputError(f"{out}: exists and is not empty; give another folder, or --force to write into it")
+    rows: list[dict[str, Any]] = []
+    numbered = list(enumerate(prompts))
+    try:
+        with steps("generate", len(prompts)) as bar:
+            for chunk in _chunks(numbered, options.batch_size):
+                seeds = [noise.seed_from(seed, index) for index, _ in chunk]
+                images = generator.generate([prompt for _, prompt in chunk], seeds, options)
+                for (index, prompt), row_seed, image in zip(chunk, seeds, images, strict=True):
+                    name = f"{index:06d}.png"
+                    content = encode_image(image)
+                    atomic_bytes(out / name, content)
+                    rows.append(_image_row(name, prompt, row_seed, content, image, generator, options))
+                bar.advance(len(chunk))
+    finally:
+        if rows:
+            with atomic_text(out / IMAGES_MANIFEST) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return rows
+
+
+def _image_row(
+    name: str,
+    prompt: str,
+    seed: int,
+    content: bytes,
+    image: Image,
+    generator: RuntimeGenerator,
+    options: GenerateOptions,
+) -> dict[str, Any]:
+    spec = generator.spec
+    guidance = spec.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    return {
+        "file": name,
+        "prompt": prompt,
+        "seed": seed,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "steps": options.steps or spec.steps,
+        "guidance_scale": guidance,
+        "model": generator.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def caption_files(
+    captioner: RuntimeCaptioner, paths: Sequence[Path], *, prefix: str = "", seed: int | None = None
+) -> list[dict[str, str]]:
+    """Caption image files: `{"image": .., "caption": ..}` in the order given.
+
+    Args:
+        captioner: a bundle's, with its options.
+        paths: the files.
+        prefix: what every caption begins with.
+        seed: of nucleus sampling, the k-th image's draws keyed by `(seed, k)`; None decodes greedily.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    rows: list[dict[str, str]] = []
+    with steps("caption", len(paths)) as bar:
+        for chunk in _chunks(list(enumerate(paths)), captioner.options.batch_size):
+            captions = captioner.caption(
+                [load_image(path) for _, path in chunk],
+                [prefix] * len(chunk),
+                None if seed is None else [noise.seed_from(seed, index) for index, _ in chunk],
+            )
+            rows += [{"image": str(path), "caption": text} for (_, path), text in zip(chunk, captions, strict=True)]
+            bar.advance(len(chunk))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A sample that was left out, and why."""
+
+    id: str
+    reason: str
+
+
+def predict_samples(
+    classifier: RuntimeClassifier,
+    samples: Sequence[Sample],
+    images: Path,
+    *,
+    skip_bad: bool = False,
+    skipped: list[Skipped] | None = None,
+) -> list[dict[str, Any]]:
+    """Predict the relation of samples: id, head, tail, relation, probability, and the label where it is known.
+
+    Args:
+        classifier: a bundle's.
+        samples: with or without labels and images.
+        images: the folder their images are looked for in, see `find_image`.
+        skip_bad: leave out (and log) samples whose image or label is unusable, instead of refusing all.
+        skipped: a list that those are appended to.
+
+    Raises:
+        DataError: an image is missing or unreadable, or a label unknown to the classifier.
+    """
+    rows: list[dict[str, Any]] = []
+    with steps("predict", len(samples)) as bar:
+        for chunk in _chunks(samples, max(_ROWS_AT_ONCE, classifier.batch_size)):
+            kept: list[tuple[Sample, Image | None]] = []
+            for sample in chunk:
+                try:
+                    _check_label(sample, classifier.labels)
+                    kept.append((sample, _image_of(sample, images)))
+                except DataError as error:
+                    if not skip_bad:
+                        raise
+                    logger.warning("sample %s skipped: %s", sample.id, error)
+                    if skipped is not None:
+                        skipped.append(Skipped(sample.id, str(error)))
+            predictions = classifier.predict([sample for sample, _ in kept], [image for _, image in kept])
+            for (sample, _), prediction in zip(kept, predictions, strict=True):
+                rows.append(_prediction_row(sample, prediction.relation, prediction.probability))
+            bar.advance(len(chunk))
+    if not rows:
+        raise DataError(f"all {len(samples)} samples were skipped; expected at least one usable; see the warnings")
+    return rows
+
+
+def _check_label(sample: Sample, labels: Sequence[str]) -> None:
+    if sample.label is not None and sample.label not in labels:
+        raise DataError(
+            f"sample {sample.id}: its label is {sample.label!r}, which the classifier does not know; "
+            f"expected one of {', '.join(labels)}; correct the file, or use a classifier trained on these labels"
+        )
+
+
+def _image_of(sample: Sample, folder: Path) -> Image | None:
+    if sample.image is None:
+        return None
+    try:
+        return load_image(find_image(folder, sample.image))
+    except DataError as error:
+        raise DataError(f"sample {sample.id}: {error}") from error
+
+
+def _prediction_row(sample: Sample, relation: str, probability: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": sample.id,
+        "head": sample.mention(sample.head),
+        "tail": sample.mention(sample.tail),
+        "relation": relation,
+        "probability": round(probability, 6),
+    }
+    if sample.label is not None:
+        row["label"] = sample.label
+    return row
