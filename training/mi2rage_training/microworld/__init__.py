@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mi2rage_training.microworld.gallery import write_gallery
 from mi2rage_training.microworld.relations import CUES, LABELS
 from mi2rage_training.microworld.scenes import IMAGE_PX, Scene, render
 from mi2rage_training.microworld.sentences import attributes_in
@@ -21,6 +22,7 @@ __all__ = [
     "corpus",
     "models_folder",
     "render",
+    "write_gallery",
 ]
 
 

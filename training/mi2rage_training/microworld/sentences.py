@@ -1,8 +1,9 @@
-"""Tweets (two named entities, slang, a hint now and then) and captions (what is in the picture, less what is left out)."""
+"""Tweets (two named entities, slang, a hint now and then) and captions (what is in the picture, or part of it)."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -115,7 +116,5 @@ def attributes_in(text: str) -> frozenset[str]:
     words = text.lower().replace(",", " ").split()
     found = {f"cue:{word}" for word in words if word in CUE_WORDS}
     found |= {f"setting:{word}" for word in words if word in SETTING_WORDS}
-    found |= {
-        f"shirt:{after}" for before, after in zip(words, words[1:], strict=False) if before == "in" and after in COLORS
-    }
+    found |= {f"shirt:{after}" for before, after in itertools.pairwise(words) if before == "in" and after in COLORS}
     return frozenset(found)

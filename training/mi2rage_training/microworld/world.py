@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mi2rage_engines.errors import InputError
 from numpy.typing import NDArray
 
+from mi2rage_engines.errors import InputError
 from mi2rage_rt.files import atomic_folder
 from mi2rage_rt.noise import rng as keyed_rng
 from mi2rage_rt.noise import seed_from
