@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mi2rage_engines.errors import DataError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mi2rage_engines.errors import DataError
 from mi2rage_rt import mnre
 from mi2rage_rt.files import atomic_text
 
