@@ -6,11 +6,13 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {  # low to high
@@ -20,13 +22,31 @@ PACKAGES = {  # low to high
     "mi2rage_export": ROOT / "export/mi2rage_export",
     "mi2rage_benchmarks": ROOT / "benchmarks/mi2rage_benchmarks",
 }
-CORE = {"numpy", "tokenizers", "PIL", "pydantic", "pydantic_core", "typer", "rich", "pyarrow"}
-RUNTIME = CORE | {"onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "kserve", "ray", "tritonclient"}
-TRAINING = RUNTIME | {
-    *("torch", "transformers", "diffusers", "accelerate", "sklearn", "safetensors", "huggingface_hub"),
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+IMPORTS = {  # where it is not the distribution's own name
+    "mlcommons-loadgen": "mlperf_loadgen",
+    "onnxruntime-gpu": "onnxruntime",
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
 }
-EXPORT = TRAINING | {"onnx", "onnxscript", "onnxslim", "optimum"}
-BENCHMARKS = EXPORT | {"mlperf_loadgen", "matplotlib", "jinja2"}
+
+
+def _brought_by(*extras: str) -> set[str]:
+    """The import names that these extras declare, without those of an extra inside."""
+    lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    return _import_names([line for line in lines if not line.startswith(PROJECT["name"])])
+
+
+def _import_names(requirements: list[str]) -> set[str]:
+    names = [Requirement(line).name for line in requirements]
+    return {IMPORTS.get(name, name.replace("-", "_")) for name in names}
+
+
+CORE = _import_names(PROJECT["dependencies"])
+RUNTIME = CORE | _brought_by("cpu", "gpu", "tensorrt", "tensorrt-rtx", "serve", "scale")
+TRAINING = RUNTIME | _brought_by("train")
+EXPORT = TRAINING | _brought_by("export")
+BENCHMARKS = EXPORT | _brought_by("bench")
 ALLOWED = {
     "mi2rage_engines": RUNTIME,
     "mi2rage_rt": RUNTIME,

@@ -59,17 +59,8 @@ class Clean:
         self.install()
 
     def install(self, extra: str = "") -> None:
-        pip: list[str | Path] = [
-            self.bin / "python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-compile",
-            "-c",
-            ROOT / "constraints.txt",
-        ]
-        _run(*pip, f"{self._wheel}{extra}", cwd=self.work)
+        pip = (self.bin / "python", "-m", "pip", "install", "--quiet", "--no-compile")
+        _run(*pip, "-c", ROOT / "constraints.txt", f"{self._wheel}{extra}", cwd=self.work)
 
     def run(self, program: str, *arguments: str) -> str:
         return _run(self.bin / program, *arguments, cwd=self.work)
