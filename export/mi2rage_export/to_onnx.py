@@ -1,0 +1,135 @@
+"""From a PyTorch module to an ONNX file: the same bytes for the same module, nothing said on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mi2rage_engines.errors import Mi2rageError, require
+from mi2rage_engines.spec import GraphSpec
+
+from mi2rage_export.components import Graph, random_inputs
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["OPSET", "export_graph"]
+
+OPSET = 20
+"""GELU is one operator from 20 on; from 23 on TensorRT refuses fp32 `Attention` (ENGINES.md)."""
+
+EMBED_UP_TO_BYTES = 1_800_000_000
+"""Weights above this go into a file of their own: protobuf ends at 2 GiB."""
+
+EXTERNAL_SUFFIX = "_data"
+"""`model.onnx_data`, the name that optimum gives it."""
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's warnings, log lines and prints away from the user."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch.fx", "torch._dynamo")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _dynamic_shapes(graph: Graph) -> tuple[dict[int, str] | None, ...]:
+    return tuple(
+        {index: axis for index, axis in enumerate(item.shape) if isinstance(axis, str)} or None for item in graph.inputs
+    )
+
+
+def _traced(graph: Graph, opset: int) -> Any:
+    """The exporter's `onnx_ir.Model`."""
+    import torch
+
+    arrays = random_inputs(graph, graph.traced, seed=0)
+    arguments = tuple(torch.from_numpy(arrays[item.name]) for item in graph.inputs)
+    module = graph.module.eval()
+    try:
+        with _silence(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[item.name for item in graph.inputs],
+                output_names=[output.name for output in graph.outputs],
+                dynamic_shapes=_nested(module, _dynamic_shapes(graph)),
+                verbose=False,
+                report=False,
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Mi2rageError(
+            f"{graph.name}: PyTorch's ONNX exporter failed ({type(error).__name__}: {reason}); expected a module that "
+            "torch.export can trace; report it with the model's name and the versions that 'mi2rage-rt doctor' prints"
+        ) from error
+    assert program is not None
+    return program.model
+
+
+def _nested(_: torch.nn.Module, shapes: tuple[dict[int, str] | None, ...]) -> tuple[dict[int, str] | None, ...]:
+    return shapes
+
+
+def _tidy(model: Any, graph: Graph) -> None:
+    """Name the outputs' axes as the manifest does, and drop what differs between machines (paths, traces)."""
+    import onnx_ir as ir
+
+    for value, spec in zip(model.graph.outputs, graph.outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+    model.doc_string = None
+    model.graph.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def export_graph(
+    graph: Graph, path: Path, file: str, *, opset: int = OPSET, embed_up_to_bytes: int = EMBED_UP_TO_BYTES
+) -> GraphSpec:
+    """Trace the graph's wrapper and write it as ONNX.
+
+    Args:
+        graph: what to export.
+        path: the `.onnx` file to write; weights too large to embed go to `<path>_data` beside it.
+        file: the path as the manifest has it, relative to the bundle.
+        opset: ONNX operator set.
+        embed_up_to_bytes: weights up to this size stand in the `.onnx` file itself.
+
+    Raises:
+        MissingExtraError: onnx or onnxscript is not installed.
+        Mi2rageError: the module cannot be traced.
+    """
+    require("onnx", "export")
+    require("onnxscript", "export")
+    import onnx_ir as ir
+
+    model = _traced(graph, opset)
+    _tidy(model, graph)
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = path.name + EXTERNAL_SUFFIX if weights > embed_up_to_bytes else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path, external_data=external)
+    return GraphSpec(file=file, inputs=tuple(item.spec for item in graph.inputs), outputs=graph.outputs, opset=opset)
