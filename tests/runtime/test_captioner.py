@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mi2rage_engines.errors import DataError, EngineError, InputError
+from mi2rage_rt import noise
+from mi2rage_rt.bundle import Bundle
+from mi2rage_rt.captioner import CaptionOptions, RuntimeCaptioner
+from mi2rage_rt.decoding import choose_tokens
+from mi2rage_rt.protocols import ImageToText
+from tests.runtime.tiny_bundle import WORDS, next_word_table
+
+BRIGHT, DARK = np.full((9, 7, 3), 255, np.uint8), np.zeros((5, 8, 3), np.uint8)
+
+
+@pytest.fixture
+def captioner(bundle_folder: Path) -> RuntimeCaptioner:
+    return Bundle.open(bundle_folder, threads=1).captioner()
+
+
+def test_greedy_captions_by_image_and_prefix(captioner: RuntimeCaptioner) -> None:
+    assert isinstance(captioner, ImageToText)
+    captions = captioner.caption([BRIGHT, DARK, BRIGHT, DARK], ["", "", "a red", "the"])
+    assert captions == [
+        "tim cook leads apple in",
+        "rome a red car by the sea",
+        "a red car by the sea",
+        "the rome a red car by the sea",
+    ]
+    assert captioner.caption([]) == []
+
+
+def test_batching_changes_nothing(captioner: RuntimeCaptioner) -> None:
+    images, prefixes = [BRIGHT, DARK] * 5, ["", "the sea", "a"] * 3 + ["tim"]
+    expected = captioner.caption(images, prefixes)
+    for size in (1, 3):
+        assert captioner.caption(images, prefixes, options=CaptionOptions(batch_size=size)) == expected
+    seeds = list(range(10))
+    sampled = captioner.caption(images, prefixes, seeds)
+    assert sampled == captioner.caption(images, prefixes, seeds, CaptionOptions(batch_size=3))
+    assert sampled != captioner.caption(images, prefixes, seeds[::-1])
+
+
+def test_sampling_draws_by_seed_and_step(captioner: RuntimeCaptioner) -> None:
+    table, ids, last = next_word_table(), [], 4
+    for step in range(10):
+        last = int(choose_tokens(table[last][None], [77], step, top_p=0.95)[0])
+        if last == 3:
+            break
+        ids.append(last)
+    options = CaptionOptions(top_p=0.95)
+    assert captioner.generate_ids([BRIGHT], [[4]], [77], options) == [ids]
+    assert noise.gumbel(77, len(WORDS), stream=0).shape == (len(WORDS),)
+
+
+def test_finished_rows_leave_the_batch(captioner: RuntimeCaptioner) -> None:
+    sizes = []
+    run = captioner._decoder.run
+
+    def decoder(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sizes.append((inputs["input_ids"].shape, inputs["past_keys"].shape[3]))
+        return run(inputs)
+
+    captioner._decoder.run = decoder  # type: ignore[method-assign]
+    captioner.caption([BRIGHT, DARK])
+    assert sizes[0] == ((2, 1), 0)  # prefill
+    assert sizes[1] == ((2, 1), 1)
+    assert [shape[0] for shape, _ in sizes] == [2] * 6 + [1] * 2
+
+
+def test_lengths_are_bounded(captioner: RuntimeCaptioner) -> None:
+    assert captioner.caption([BRIGHT], options=CaptionOptions(max_new_tokens=2)) == ["tim cook"]
+    with pytest.raises(DataError, match="a prefix of 16 tokens leaves no room"):
+        captioner.caption([BRIGHT], ["sea " * 15])
+
+
+def test_unusable_arguments(captioner: RuntimeCaptioner) -> None:
+    with pytest.raises(DataError, match="1 images, 2 prefixes"):
+        captioner.caption([BRIGHT], ["", ""])
+    with pytest.raises(DataError, match="2 seeds"):
+        captioner.caption([BRIGHT], seeds=[1, 2])
+    for options in (CaptionOptions(top_p=0.0), CaptionOptions(temperature=0.0), CaptionOptions(batch_size=0)):
+        with pytest.raises(InputError, match="expected"):
+            captioner.caption([BRIGHT], options=options)
+
+
+def test_nan_logits_are_told(captioner: RuntimeCaptioner) -> None:
+    run = captioner._decoder.run
+    captioner._decoder.run = lambda inputs: {**run(inputs), "logits": np.full((1, 1, 9), np.nan)}  # type: ignore
+    with pytest.raises(EngineError, match="NaN"):
+        captioner.caption([BRIGHT])

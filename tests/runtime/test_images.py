@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mi2rage_engines.errors import DataError, ModelFolderError
+from mi2rage_rt import images
+from mi2rage_rt.images import decode_image, encode_image, load_image, pixel_values, preprocessing_from_folder
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_png_keeps_every_pixel_and_bytes_repeat() -> None:
+    image = noise(9, 7)
+    content = encode_image(image)
+    np.testing.assert_array_equal(decode_image(content), image)
+    assert content == encode_image(image)
+    jpeg = decode_image(encode_image(np.full((16, 16, 3), 120, np.uint8), "jpeg", quality=95))
+    assert np.abs(jpeg.astype(int) - 120).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "jpg" if mode == "CMYK" else "png"
+    Image.fromarray(noise(5, 8)).convert(mode).save(tmp_path / f"i.{suffix}")
+    loaded = load_image(tmp_path / f"i.{suffix}")
+    assert loaded.shape == (5, 8, 3) and loaded.dtype == np.uint8
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(noise(5, 8)).save(tmp_path / "i.png", exif=exif)
+    assert load_image(tmp_path / "i.png").shape == (8, 5, 3)
+
+
+def test_unusable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode_image(noise(64, 64), "jpeg")
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.png").write_bytes(encode_image(noise(64, 64))[:500])
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, words in {
+        "cut.jpg": "cannot be decoded",
+        "cut.png": "cannot be decoded",
+        "text.jpg": "not an image",
+        "empty.jpg": "not an image",
+        "none.jpg": "no such file",
+        "folder.jpg": "cannot be decoded",
+    }.items():
+        with pytest.raises(DataError, match=words) as caught:
+            load_image(tmp_path / name)
+        assert name in str(caught.value)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(DataError, match=r"i: 11 x 10 pixels"):
+        decode_image(encode_image(noise(10, 11)), "i")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("clip", {}),
+        ("clip", {"size": {"shortest_edge": 40}, "crop_size": {"height": 47, "width": 32}}),
+        ("clip", {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3}),
+        ("blip", {"size": {"height": 96, "width": 96}}),
+        ("blip", {"size": {"height": 30, "width": 50}, "resample": 2, "do_normalize": False}),
+    ],
+)
+def test_pixel_values_equal_those_of_transformers(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = (CLIPImageProcessorPil if kind == "clip" else BlipImageProcessorPil)(**settings)
+    processor.save_pretrained(tmp_path)
+    spec = preprocessing_from_folder(tmp_path)
+    given = [noise(100, 100), noise(37, 91), noise(150, 64), noise(40, 40), noise(spec.height, spec.width)]
+    expected = np.concatenate([processor(images=image, return_tensors="np")["pixel_values"] for image in given])
+    values = pixel_values(given, spec)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
+
+
+def test_no_images_give_an_empty_batch(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 8}')
+    assert pixel_values([], preprocessing_from_folder(tmp_path)).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"size": 224, "crop_size": 224, "do_center_crop": True, "resample": 3}, ("shortest_edge", 224, 224, 224)),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 200}, "do_center_crop": True},
+         ("shortest_edge", 256, 224, 200)),
+        ({"size": {"height": 384, "width": 380}}, ("exact", None, 384, 380)),
+        ({"size": 48}, ("exact", None, 48, 48)),
+        ({"size": [32, 40]}, ("exact", None, 32, 40)),
+        ({"image_processor": {"size": {"height": 20, "width": 20}}}, ("exact", None, 20, 20)),
+    ],
+)  # fmt: skip
+def test_hub_files_of_every_age(tmp_path: Path, config: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    spec = preprocessing_from_folder(tmp_path)
+    assert (spec.resize, spec.shortest_edge, spec.height, spec.width) == expected
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", '{"size": "big"}', '{"resample": 9}', '{"size": {"shortest_edge": 9}}']
+)
+def test_bad_preprocessor_files(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ModelFolderError, match=r"no preprocessor_config\.json"):
+        preprocessing_from_folder(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ModelFolderError):
+        preprocessing_from_folder(tmp_path)
