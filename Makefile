@@ -71,6 +71,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "$$found has no working venv module. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 2; \
 	  fi; \
 	fi
+# A new pip resolves in half the time of the one that comes with Python.
+	@$(PIP) pip
 ifeq ($(DEVICE)-$(shell uname -s),cpu-Linux)
 # The plain wheel for Linux brings gigabytes of CUDA. Only torch itself is taken from the second index.
 	@echo "Installing torch $(TORCH), CPU build"

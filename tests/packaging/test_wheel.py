@@ -55,18 +55,21 @@ class Clean:
         self.work = folder / "work"
         self.work.mkdir()
         self._wheel = wheel
-        _run(sys.executable, "-m", "venv", folder / "environment", cwd=self.work)
+        _run(sys.executable, "-m", "venv", "--without-pip", folder / "environment", cwd=self.work)
         self.install()
 
     def install(self, extra: str = "") -> None:
-        pip = (self.bin / "python", "-m", "pip", "install", "--quiet", "--no-compile")
-        _run(*pip, "-c", ROOT / "constraints.txt", f"{self._wheel}{extra}", cwd=self.work)
+        self.pip("install", "--no-compile", "-c", str(ROOT / "constraints.txt"), f"{self._wheel}{extra}")
+
+    def pip(self, *arguments: str) -> str:
+        ours = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+        return _run(*ours, "--python", self.bin / "python", *arguments, cwd=self.work)
 
     def run(self, program: str, *arguments: str) -> str:
         return _run(self.bin / program, *arguments, cwd=self.work)
 
     def distributions(self) -> set[str]:
-        listed = json.loads(self.run("python", "-m", "pip", "list", "--format", "json"))
+        listed = json.loads(self.pip("list", "--format", "json"))
         return {entry["name"].lower() for entry in listed}
 
 
