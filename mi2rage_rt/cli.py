@@ -7,6 +7,7 @@ A command is a plain typed function (a Typer signature), registered in the entry
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,21 +139,40 @@ class _Commands(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        # Inside typer, which would answer an interruption and a closed pipe in its own way.
+        with _reported():
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            typer.echo("interrupted; what was finished is kept", err=True)
-            raise typer.Exit(130) from error
-        except BrokenPipeError as error:
-            # The reader of our output went away (`| head`): no error, and nothing more to flush.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from error
-        except (Mi2rageError, OSError, MemoryError, ModuleNotFoundError) as error:
-            known = _known(error)
-            if known is None or os.environ.get("MI2RAGE_DEBUG"):
-                raise
-            typer.echo(f"error: {known}", err=True)
-            raise typer.Exit(known.exit_code) from error
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turn what goes wrong in the block into one message and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()  # here, where a full disk or a closed pipe still becomes a message
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; what was finished is kept", err=True)
+        raise SystemExit(130) from error
+    except BrokenPipeError as error:
+        # The reader of our output went away (`| head`): no error, and nothing more to flush.
+        _drop_output()
+        raise SystemExit(0) from error
+    except (Mi2rageError, OSError, MemoryError, ModuleNotFoundError) as error:
+        known = _known(error)
+        if known is None or os.environ.get("MI2RAGE_DEBUG"):
+            raise
+        typer.echo(f"error: {known}", err=True)
+        if isinstance(error, OSError):
+            _drop_output()
+        raise SystemExit(known.exit_code) from error
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from failing once more on a stdout that takes nothing, when it flushes it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _known(error: BaseException) -> Mi2rageError | None:
@@ -204,7 +224,8 @@ def main(args: list[str] | None = None) -> None:
     )
     app.callback()(_root)
     # Typer's own help for a bare call goes to stderr with exit code 2, as a usage error should.
-    typer.main.get_command(app)(args=args, prog_name=DISTRIBUTION)
+    with _reported():
+        typer.main.get_command(app)(args=args, prog_name=DISTRIBUTION)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def predict(
     bundle: _Bundle,
     samples: Annotated[Path, typer.Argument(help="Sentences with their mentions: JSONL, or MNRE rows.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the images; by default the samples' own.")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the images out.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the predictions to this JSONL file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing all.")] = False,
@@ -114,7 +115,8 @@ def predict(
     rows = read_samples(samples, skip_bad=skip_bad, bad_rows=bad_rows)
     with Bundle.open(bundle, providers=provider, threads=threads) as opened:
         classifier = opened.classifier(batch_size)
-        predictions = predict_samples(classifier, rows, images or samples.parent, skip_bad=skip_bad, skipped=skipped)
+        folder = None if text_only else images or samples.parent
+        predictions = predict_samples(classifier, rows, folder, skip_bad=skip_bad, skipped=skipped)
     if out is not None:
         with atomic_text(out) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)

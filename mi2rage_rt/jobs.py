@@ -159,7 +159,7 @@ class Skipped:
 def predict_samples(
     classifier: RuntimeClassifier,
     samples: Sequence[Sample],
-    images: Path,
+    images: Path | None,
     *,
     skip_bad: bool = False,
     skipped: list[Skipped] | None = None,
@@ -169,7 +169,7 @@ def predict_samples(
     Args:
         classifier: a bundle's.
         samples: with or without labels and images.
-        images: the folder their images are looked for in, see `find_image`.
+        images: the folder their images are looked for in, see `find_image`; None leaves the images out.
         skip_bad: leave out (and log) samples whose image or label is unusable, instead of refusing all.
         skipped: a list that those are appended to.
 
@@ -187,7 +187,7 @@ def predict_samples(
                 except DataError as error:
                     if not skip_bad:
                         raise
-                    logger.warning("sample %s skipped: %s", sample.id, error)
+                    logger.warning("skipped: %s", error)
                     if skipped is not None:
                         skipped.append(Skipped(sample.id, str(error)))
             predictions = classifier.predict([sample for sample, _ in kept], [image for _, image in kept])
@@ -207,8 +207,8 @@ def _check_label(sample: Sample, labels: Sequence[str]) -> None:
         )
 
 
-def _image_of(sample: Sample, folder: Path) -> Image | None:
-    if sample.image is None:
+def _image_of(sample: Sample, folder: Path | None) -> Image | None:
+    if sample.image is None or folder is None:
         return None
     try:
         return load_image(find_image(folder, sample.image))

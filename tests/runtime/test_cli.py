@@ -115,10 +115,16 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         cli.main(["caption", str(tmp_path / "none"), "x.png"])
 
 
-def test_a_closed_pipe_is_no_error(bundle_folder: Path) -> None:
-    command = f"{sys.executable} -m mi2rage_rt.cli --help | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("tail", "codes", "message"),
+    [("| true", (0, 1), ""), ("| head -1 > /dev/null", (0, 1), ""), ("> /dev/full", (1,), "error: No space left")],
+)
+@pytest.mark.parametrize("command", ["--help", "doctor"])
+def test_output_that_cannot_be_written(command: str, tail: str, codes: tuple[int, ...], message: str) -> None:
+    line = f"{sys.executable} -m mi2rage_rt.cli {command} {tail}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode in codes and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.startswith(message)
 
 
 @pytest.mark.parametrize("code", ["import mi2rage_rt", "HELP", "import mi2rage_rt.bundle, mi2rage_rt.jobs"])
@@ -218,6 +224,7 @@ def test_predict(call: Any, bundle_folder: Path, data: Path) -> None:
     }
     assert rows[1]["relation"] == "/per/loc/in" and "label" not in rows[1]
     assert "/per/org/leads" in call(*args).out
+    assert call(*args, "--text-only", "--json").document["predictions"][1]["relation"] == "None"
     answer = call(*args, "--out", data / "p.jsonl")
     assert answer.out.startswith("2 predictions in")
     assert [json.loads(line) for line in (data / "p.jsonl").read_text().splitlines()] == rows
