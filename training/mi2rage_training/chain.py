@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from mi2rage_rt.protocols import ImageToText, TextToImage
 from mi2rage_rt.samples import Provenance, Sample, json_from_sample
 from mi2rage_training.store import Candidate, StoreManifest, StoreWriter
 
-__all__ = ["ChainConfig", "candidates_from_samples", "synthesize"]
+__all__ = ["ChainConfig", "ImageFormat", "candidates_from_samples", "synthesize"]
+
+
+class ImageFormat(StrEnum):
+    """How images are encoded in the store: `png` keeps every pixel, `jpeg` is smaller and faster."""
+
+    PNG = "png"
+    JPEG = "jpeg"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,21 +40,19 @@ class ChainConfig:
         width: independent chains a sentence, 1 or more.
         seed: of the whole run.
         shard_size: sentences a shard; part of the settings, since a batch's shape can change its last bits.
-        image_format: `png` (lossless) or `jpeg`.
+        image_format: of the images in the store.
     """
 
     links: int = 3
     width: int = 1
     seed: int = 0
     shard_size: int = 32
-    image_format: str = "png"
+    image_format: ImageFormat = ImageFormat.PNG
 
     def __post_init__(self) -> None:
         for name in ("links", "width", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: came {getattr(self, name)}; expected 1 or more")
-        if self.image_format not in {"png", "jpeg"}:
-            raise InputError(f"image format: came {self.image_format!r}; expected png or jpeg")
 
 
 def candidates_from_samples(
@@ -78,7 +84,7 @@ def candidates_from_samples(
                 image=f"{identity.replace('/', '-')}.{config.image_format}",
                 provenance=Provenance(sample.id, link, child, seeds[row], models),
             )
-            encoded = encode_image(images[row], config.image_format)
+            encoded = encode_image(images[row], config.image_format.value)
             chains[row].append(Candidate(made, encoded, prompts[row], captions[row]))
         prompts = [caption or prompt for caption, prompt in zip(captions, prompts, strict=True)]
     return [candidate for chain in chains for candidate in chain]

@@ -112,10 +112,13 @@ class RelationModule(nn.Module):
 
     def _attend(self, pair: Tensor, patches: Tensor) -> Tensor:
         """Multi-head attention of one query a row over its patches: (B, width), (B, P, image width) -> (B, width)."""
-        queries = pair.unflatten(-1, (self.heads, -1)).unsqueeze(2)
-        keys = self.keys(patches).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        values = self.values(patches).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        keys, values = self._by_head(self.keys(patches)), self._by_head(self.values(patches))
+        queries = self._by_head(pair.unsqueeze(1))
         return nn.functional.scaled_dot_product_attention(queries, keys, values).squeeze(2).flatten(1)
+
+    def _by_head(self, states: Tensor) -> Tensor:
+        """(B, P, width) -> (B, heads, P, width / heads)."""
+        return states.view(*states.shape[:2], self.heads, -1).transpose(1, 2)
 
     def forward(
         self,
@@ -245,7 +248,7 @@ def load_classifier(folder: Path | str) -> LoadedClassifier:
         raise ModelFolderError(f"{folder}: no such folder; {wanted}")
     try:
         config = ClassifierConfig.model_validate_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        tokenizer = EntityMarkedTokenizer(folder / TOKENIZER_NAME, config.max_length)
+        tokenizer = EntityMarkedTokenizer.from_file(folder / TOKENIZER_NAME, config.max_length)
         module = module_from_config(config)
         module.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:

@@ -48,13 +48,20 @@ def synthesize(
 ) -> None:
     """Make images for labelled sentences by Chained Cross-modal Generation (text setting)."""
     from mi2rage_rt.samples import BadRow, read_samples
-    from mi2rage_training.chain import ChainConfig
+    from mi2rage_training.chain import ChainConfig, ImageFormat
     from mi2rage_training.chain import synthesize as run
+    from mi2rage_training.choices import choice
     from mi2rage_training.devices import device_from
     from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
 
     bad_rows: list[BadRow] = []
-    config = ChainConfig(links=links, width=width, seed=seed, shard_size=shard_size, image_format=image_format)
+    config = ChainConfig(
+        links=links,
+        width=width,
+        seed=seed,
+        shard_size=shard_size,
+        image_format=choice(ImageFormat, image_format, "image format"),
+    )
     rows = read_samples(samples, skip_bad=skip_bad, bad_rows=bad_rows)[:limit]
     place = device_from(device)
     text_to_image = TorchGenerator.from_folder(generator, device=place, steps=steps, guidance_scale=guidance)
@@ -79,15 +86,16 @@ def select(
     as_json: _Json = False,
 ) -> None:
     """Keep the candidates that carry most information about the label, by a cross-fitted teacher."""
+    from mi2rage_training.choices import choice
     from mi2rage_training.devices import device_from
     from mi2rage_training.fit import FitConfig
-    from mi2rage_training.selection import SelectionConfig, score_from
+    from mi2rage_training.selection import Score, SelectionConfig
     from mi2rage_training.selection import select as run
     from mi2rage_training.teacher import TeacherConfig
 
     fit = FitConfig(text_encoder=text_encoder, image_encoder=image_encoder, epochs=epochs, image_dropout=0.3, seed=seed)
     teacher = TeacherConfig(folds=folds, fit=fit, device=device_from(device))
-    config = SelectionConfig(score=score_from(score), per_parent=per_parent, keep=keep, teacher=teacher)
+    config = SelectionConfig(score=choice(Score, score, "score"), per_parent=per_parent, keep=keep, teacher=teacher)
     result = run(store, out, config)
     summary = {
         "store": str(out),
@@ -123,12 +131,13 @@ def train(
     import dataclasses
 
     from mi2rage_rt.files import atomic_folder, check_absent
+    from mi2rage_training.choices import choice
     from mi2rage_training.devices import device_from
     from mi2rage_training.fit import FitConfig, fit_classifier, score_pairs
-    from mi2rage_training.pairs import load_pairs, modality_from
+    from mi2rage_training.pairs import Modality, load_pairs
 
     check_absent(out, force=force)
-    shown = modality_from(modality)
+    shown = choice(Modality, modality, "modality")
     config = FitConfig(
         text_encoder=text_encoder,
         image_encoder=image_encoder,
@@ -168,10 +177,11 @@ def evaluate(
     """Measure micro precision, recall and F1 over the relations, and accuracy over all rows."""
     import dataclasses
 
+    from mi2rage_training.choices import choice
     from mi2rage_training.evaluation import classifier_from, evaluate_pairs
-    from mi2rage_training.pairs import load_pairs, modality_from
+    from mi2rage_training.pairs import Modality, load_pairs
 
-    pairs = load_pairs(data, images=images, modality=modality_from(modality), skip_bad=skip_bad)
+    pairs = load_pairs(data, images=images, modality=choice(Modality, modality, "modality"), skip_bad=skip_bad)
     metrics = evaluate_pairs(classifier_from(classifier), pairs)
     summary = {"classifier": str(classifier), "data": str(data), **dataclasses.asdict(metrics)}
     _print(summary, as_json)

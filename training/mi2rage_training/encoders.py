@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,16 @@ from mi2rage_engines.errors import ModelFolderError
 from mi2rage_engines.spec import ImagePreprocessing
 from mi2rage_rt.images import preprocessing_from_folder
 from mi2rage_rt.text import EntityMarkedTokenizer
+from mi2rage_training.pytorch_models import EMBEDDED, quiet_loading, resolve
 
-__all__ = ["EMBEDDED", "image_encoder_from", "model_source", "text_encoder_from"]
+__all__ = ["image_encoder_from", "text_encoder_from"]
 
-EMBEDDED = "embedded"
-"""The name that stands for the models which the package carries."""
+_BARE_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def model_source(name: str, role: str) -> str:
-    """What `from_pretrained` is given for a model's name.
-
-    Args:
-        name: `embedded`, a local folder, or a hub id.
-        role: `generator`, `captioner`, `text_encoder` or `image_encoder`.
-
-    Raises:
-        ModelFolderError: `name` is written like a path, and there is no such folder.
-    """
-    from mi2rage_training.microworld import models_folder
-
-    if name == EMBEDDED:
-        return str(models_folder() / role)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelFolderError(f"{role} {name!r}: no such folder; expected a model folder, a hub id, or '{EMBEDDED}'")
-    return name
+def _source(name: str, role: str) -> str:
+    # Unlike generators and captioners, encoders have hub ids without an owner: bert-base-uncased.
+    return name if _BARE_HUB_ID.fullmatch(name) and name != EMBEDDED else resolve(name, role)
 
 
 def _refuse(role: str, name: str, error: Exception) -> ModelFolderError:
@@ -56,12 +43,13 @@ def text_encoder_from(name: str, max_length: int) -> tuple[nn.Module, EntityMark
     """
     from transformers import AutoModel, AutoTokenizer
 
-    source = model_source(name, "text_encoder")
+    source = _source(name, "text_encoder")
     try:
-        module: Any = AutoModel.from_pretrained(source, dtype="float32")
-        with tempfile.TemporaryDirectory() as folder:
+        with quiet_loading():
+            module: Any = AutoModel.from_pretrained(source, dtype="float32")
+        with quiet_loading(), tempfile.TemporaryDirectory() as folder:
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-            tokenizer = EntityMarkedTokenizer(Path(folder) / "tokenizer.json", max_length)
+            tokenizer = EntityMarkedTokenizer.from_file(Path(folder) / "tokenizer.json", max_length)
     except (OSError, ValueError, KeyError) as error:
         raise _refuse("text encoder", name, error) from error
     positions = getattr(module.config, "max_position_embeddings", max_length)
@@ -70,7 +58,8 @@ def text_encoder_from(name: str, max_length: int) -> tuple[nn.Module, EntityMark
             f"text encoder {name!r}: takes {positions} positions, {max_length} were asked for; "
             "give a smaller --max-length"
         )
-    module.resize_token_embeddings(tokenizer.vocabulary_size)
+    with quiet_loading():
+        module.resize_token_embeddings(tokenizer.vocabulary_size)
     return module, tokenizer
 
 
@@ -83,9 +72,10 @@ def image_encoder_from(name: str) -> tuple[nn.Module, ImagePreprocessing]:
     from huggingface_hub import snapshot_download
     from transformers import CLIPVisionModel
 
-    source = model_source(name, "image_encoder")
+    source = _source(name, "image_encoder")
     try:
-        module: nn.Module = CLIPVisionModel.from_pretrained(source, dtype="float32")
+        with quiet_loading():
+            module: nn.Module = CLIPVisionModel.from_pretrained(source, dtype="float32")
         folder = (
             source if Path(source).is_dir() else snapshot_download(source, allow_patterns="preprocessor_config.json")
         )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.progress import track
 from mi2rage_training.classifier_model import ClassifierConfig, LoadedClassifier, RelationModule
-from mi2rage_training.encoders import EMBEDDED, image_encoder_from, text_encoder_from
+from mi2rage_training.encoders import image_encoder_from, text_encoder_from
 from mi2rage_training.metrics import NONE_LABEL, RelationMetrics, relation_metrics
 from mi2rage_training.pairs import Pair
+from mi2rage_training.pytorch_models import EMBEDDED
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class _Images:
         self.pairs = pairs
         self.mask = torch.tensor([pair.image is not None for pair in pairs], dtype=torch.float32)
         self.cache: Tensor | None = None
-        if frozen and pairs:
+        self.blind = not self.mask.any()
+        if frozen and not self.blind:
             with torch.inference_mode():
                 first = self._encode([0])
                 if first.nbytes * len(pairs) <= _CACHE_LIMIT_BYTES:
@@ -147,6 +149,9 @@ class _Images:
 
     def patches(self, rows: Sequence[int]) -> Tensor:
         """Patch states (B, P, width) of some rows."""
+        if self.blind:  # no image anywhere: there is nothing to encode
+            width = self.classifier.module.keys.in_features
+            return torch.zeros(len(rows), 1, width, device=self.classifier.module.missing_image.device)
         return self.cache[list(rows)] if self.cache is not None else self._encode(rows)
 
 
@@ -208,7 +213,7 @@ def _epochs(
     best: dict[str, Tensor] = {}
     for _ in track(range(config.epochs), description, total=config.epochs):
         total = 0.0
-        for rows in torch.randperm(len(pairs)).split(config.batch_size):
+        for rows in torch.split(torch.randperm(len(pairs)), config.batch_size):
             total += _step(classifier, images, rows, targets[rows], config, optimizer) * len(rows)
             schedule.step()
         losses.append(total / len(pairs))

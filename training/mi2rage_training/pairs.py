@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 
-from mi2rage_engines.errors import DataError, InputError
-from mi2rage_rt.images import decode_image, find_image, load_image
+from mi2rage_engines.errors import DataError
+from mi2rage_rt.image_folder import find_image
+from mi2rage_rt.images import decode_image, load_image
 from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import Sample, read_samples
 from mi2rage_training.store import Candidate, is_store, read_store
 
-__all__ = ["Modality", "Pair", "load_pairs", "modality_from", "pairs_from_candidates"]
+__all__ = ["Modality", "Pair", "load_pairs", "pairs_from_candidates"]
 
 
 class Modality(StrEnum):
@@ -21,18 +22,6 @@ class Modality(StrEnum):
 
     BOTH = "both"
     TEXT = "text"
-
-
-def modality_from(name: str) -> Modality:
-    """The modality of a name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    try:
-        return Modality(name)
-    except ValueError as error:
-        raise InputError(f"modality: came {name!r}; expected one of: {', '.join(Modality)}") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from mi2rage_rt.files import atomic_bytes
 from mi2rage_training.store import Candidate, StoreManifest, StoreWriter, read_manifest, read_store
 from mi2rage_training.teacher import TeacherConfig, TeacherScores, score_candidates
 
-__all__ = ["Score", "Selection", "SelectionConfig", "choose", "score_from", "select"]
+__all__ = ["Score", "Selection", "SelectionConfig", "choose", "select"]
 
 SCORES_NAME = "scores.parquet"
 _SHARD_ROWS = 1024
@@ -30,18 +30,6 @@ class Score(StrEnum):
 
     INFORMATION = "information"
     ADDED = "added"
-
-
-def score_from(name: str) -> Score:
-    """The score of a name.
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    try:
-        return Score(name)
-    except ValueError as error:
-        raise InputError(f"score: came {name!r}; expected one of: {', '.join(Score)}") from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

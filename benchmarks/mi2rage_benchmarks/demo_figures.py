@@ -1,0 +1,117 @@
+"""The demo page's figures, as SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mi2rage_engines.errors import require
+
+if TYPE_CHECKING:
+    from mi2rage_benchmarks.demo import Student
+
+__all__ = ["LatencyRow", "f1_figure", "latency_figure", "links_figure", "scores_figure"]
+
+from dataclasses import dataclass
+
+_BLUE, _GREEN, _GREY, _INK = "#2f6fdb", "#1a7f4b", "#a8afbb", "#1d2330"
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """One comparison: medians in ms, their middle halves, and the ratio PyTorch / ONNX Runtime."""
+
+    name: str
+    batch: int
+    torch_ms: float
+    torch_quartiles_ms: tuple[float, float]
+    ort_ms: float
+    ort_quartiles_ms: tuple[float, float]
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    # The Figure class alone: pyplot keeps global state and may look for a display.
+    matplotlib = require("matplotlib", "bench")
+    matplotlib.rcParams.update({"svg.hashsalt": "mi2rage-rt", "font.size": 10, "svg.fonttype": "path"})
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def f1_figure(students: Sequence[Student]) -> str:
+    """Bars of test F1 by student."""
+    figure, axes = _axes(5.2, 3.2)
+    colours = [
+        _GREEN if student.name == "MI2RAGE" else _BLUE if student.name == "direct" else _GREY for student in students
+    ]
+    values = [100 * student.metrics.f1 for student in students]
+    bars = axes.barh([student.name for student in students], values, color=colours, height=0.62)
+    axes.bar_label(bars, fmt="%.1f", padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 105)
+    axes.set_xlabel("micro F1 on real test pairs")
+    return _svg(figure)
+
+
+def scores_figure(added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> str:
+    """Histogram of the added information of kept and dropped candidates."""
+    figure, axes = _axes(5.2, 3.2)
+    low, high = np.percentile(added_nats, [1, 99])
+    edges = np.linspace(low, high, 40)
+    shown = np.clip(added_nats, low, high)
+    axes.hist([shown[kept], shown[~kept]], edges, stacked=True, color=[_GREEN, _GREY], label=["kept", "dropped"])
+    axes.set_xlabel("added information, nats")
+    axes.set_ylabel("candidates")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def links_figure(links: NDArray[np.int_], added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> str:
+    """Mean added information, and share kept, by link of the chain."""
+    figure, axes = _axes(5.2, 3.2)
+    numbers = np.unique(links)
+    means = [added_nats[links == link].mean() for link in numbers]
+    shares = [100 * kept[links == link].mean() for link in numbers]
+    axes.bar(numbers, shares, color=_GREEN, alpha=0.25, width=0.6)
+    axes.set_xticks(numbers)
+    axes.set_xlabel("link of the chain")
+    axes.set_ylabel("share kept, %", color=_GREEN)
+    twin = axes.twinx()
+    twin.spines[["top"]].set_visible(False)
+    twin.plot(numbers, means, color=_INK, marker="o")
+    twin.set_ylabel("mean added information, nats")
+    return _svg(figure)
+
+
+def latency_figure(rows: Sequence[LatencyRow]) -> str:
+    """Median latency of both sides, the middle half as bars."""
+    figure, axes = _axes(9.6, 0.6 * len(rows) + 1.4)
+    places = np.arange(len(rows))
+    for offset, colour, name in ((-0.18, _GREY, "PyTorch"), (0.18, _BLUE, "ONNX Runtime")):
+        torch_side = name == "PyTorch"
+        medians = [row.torch_ms if torch_side else row.ort_ms for row in rows]
+        quartiles = [row.torch_quartiles_ms if torch_side else row.ort_quartiles_ms for row in rows]
+        errors = np.array([[m - low, high - m] for m, (low, high) in zip(medians, quartiles, strict=True)]).T
+        axes.barh(places + offset, medians, height=0.34, color=colour, label=name, xerr=np.maximum(errors, 0))
+    axes.set_yticks(places, [f"{row.name}, batch {row.batch}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a call")
+    axes.legend(frameon=False, loc="lower right")
+    return _svg(figure)
