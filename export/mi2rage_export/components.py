@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mi2rage_engines.errors import ModelFolderError
-from mi2rage_engines.spec import Axis, TensorSpec
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mi2rage_engines.errors import ModelFolderError
+from mi2rage_engines.spec import Axis, TensorSpec
 from mi2rage_export import wrappers
 
 if TYPE_CHECKING:

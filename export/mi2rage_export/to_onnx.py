@@ -8,15 +8,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mi2rage_engines.errors import Mi2rageError, require
 from mi2rage_engines.spec import GraphSpec
-
 from mi2rage_export.components import Graph, random_inputs
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["OPSET", "export_graph"]
 
@@ -59,17 +55,16 @@ def _traced(graph: Graph, opset: int) -> Any:
 
     arrays = random_inputs(graph, graph.traced, seed=0)
     arguments = tuple(torch.from_numpy(arrays[item.name]) for item in graph.inputs)
-    module = graph.module.eval()
     try:
         with _silence(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                graph.module.eval(),
                 arguments,
                 dynamo=True,
                 opset_version=opset,
                 input_names=[item.name for item in graph.inputs],
                 output_names=[output.name for output in graph.outputs],
-                dynamic_shapes=_nested(module, _dynamic_shapes(graph)),
+                dynamic_shapes=_dynamic_shapes(graph),
                 verbose=False,
                 report=False,
             )
@@ -81,10 +76,6 @@ def _traced(graph: Graph, opset: int) -> Any:
         ) from error
     assert program is not None
     return program.model
-
-
-def _nested(_: torch.nn.Module, shapes: tuple[dict[int, str] | None, ...]) -> tuple[dict[int, str] | None, ...]:
-    return shapes
 
 
 def _tidy(model: Any, graph: Graph) -> None:

@@ -55,7 +55,7 @@ class VaeDecoder(nn.Module):
 
 def _split(states: Tensor, heads: int) -> Tensor:
     """(B, T, heads * size) -> (B, heads, T, size)."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -140,8 +141,14 @@ def scheduler_noise(
         yield
         return
 
+    calls = itertools.count()
+
     def keyed(shape: Sequence[int], *, device: Any = None, dtype: Any = None, **_: Any) -> torch.Tensor:
-        return torch.from_numpy(draw(tuple(shape), int(scheduler.step_index))).to(device=device, dtype=dtype)
+        # DDPM keeps no step index, but draws at every step from the first on: there the calls count the steps.
+        call, index = next(calls), getattr(scheduler, "step_index", None)
+        return torch.from_numpy(draw(tuple(shape), call if index is None else int(index))).to(
+            device=device, dtype=dtype
+        )
 
     setattr(module, "randn_tensor", keyed)  # noqa: B010 (mypy refuses the assignment to a module)
     try:
