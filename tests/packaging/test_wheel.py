@@ -59,10 +59,10 @@ class Clean:
         self.install()
 
     def install(self, extra: str = "") -> None:
-        self.pip("install", "--no-compile", "-c", str(ROOT / "constraints.txt"), f"{self._wheel}{extra}")
+        self.pip("install", "--quiet", "--no-compile", "-c", str(ROOT / "constraints.txt"), f"{self._wheel}{extra}")
 
     def pip(self, *arguments: str) -> str:
-        ours = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+        ours = (sys.executable, "-m", "pip", "--disable-pip-version-check")
         return _run(*ours, "--python", self.bin / "python", *arguments, cwd=self.work)
 
     def run(self, program: str, *arguments: str) -> str:
