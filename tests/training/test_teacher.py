@@ -1,0 +1,115 @@
+"""Cross-fitting, the scores, and the selection; the fitting itself is replaced by an exact stand-in."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mi2rage_engines.errors import DataError, InputError
+from mi2rage_training import teacher as teacher_module
+from mi2rage_training.fit import Fit, FitConfig
+from mi2rage_training.pairs import Pair
+from mi2rage_training.selection import SelectionConfig, choose
+from mi2rage_training.teacher import TeacherConfig, fold_of, label_entropy_nats, score_candidates
+from tests.training.fakes import LABELS, candidates
+
+
+class _Stub:
+    """A classifier that is sure of the label at link 1 with an image, and knows nothing else."""
+
+    labels = ("None", *sorted(LABELS[1:]))
+
+    def __init__(self, seen: Sequence[Pair]) -> None:
+        self.seen = {pair.sample.provenance.parent for pair in seen if pair.sample.provenance}
+
+    def label_ids(self, rows: Sequence[Any]) -> np.ndarray:
+        return np.array([self.labels.index(row.label) for row in rows])
+
+
+@pytest.fixture
+def stub_fit(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], set[str]]]:
+    """Replaces fitting; returns the (seen, scored) parents of each teacher."""
+    record: list[tuple[set[str], set[str]]] = []
+
+    def fit(pairs: Sequence[Pair], *_: Any, **__: Any) -> Fit:
+        return Fit(_Stub(pairs), (0.0,), (), 1)  # type: ignore[arg-type]
+
+    def logits(stub: _Stub, rows: Sequence[Pair], **_: Any) -> list[np.ndarray]:
+        record.append((stub.seen, {pair.sample.provenance.parent for pair in rows if pair.sample.provenance}))
+        both = np.zeros((len(rows), len(stub.labels)), np.float32)
+        gold = stub.label_ids([pair.sample for pair in rows])
+        first = [pair.sample.provenance.link == 1 for pair in rows if pair.sample.provenance]
+        both[np.arange(len(rows)), gold] = np.where(first, 50.0, 0.0)
+        return [both, np.zeros_like(both)]
+
+    monkeypatch.setattr(teacher_module, "fit_classifier", fit)
+    monkeypatch.setattr(teacher_module, "logits_of_pairs", logits)
+    return record
+
+
+def test_no_teacher_scores_a_parent_it_saw(stub_fit: list[tuple[set[str], set[str]]]) -> None:
+    score_candidates(candidates(40), TeacherConfig(folds=4))
+    assert len(stub_fit) == 4
+    for seen, scored in stub_fit:
+        assert seen
+        assert scored
+        assert not seen & scored
+    assert set().union(*(scored for _, scored in stub_fit)) == {f"s{i}" for i in range(40)}
+
+
+def test_scores_are_the_bound_in_nats(stub_fit: list[tuple[set[str], set[str]]]) -> None:
+    rows = candidates(39)
+    scores = score_candidates(rows, TeacherConfig(folds=3))
+    links = np.array([row.provenance.link for row in rows])
+    assert scores.label_entropy_nats == pytest.approx(math.log(3))
+    assert scores.information_nats[links == 1] == pytest.approx(math.log(3))  # sure and right: all of H(Y)
+    assert scores.information_nats[links == 2] == pytest.approx(0.0)  # knows nothing: log(1/3) + log 3
+    assert scores.added_nats[links == 1] == pytest.approx(math.log(3))
+    assert scores.bound_nats == pytest.approx(math.log(3) / 2)
+    assert scores.text_bound_nats == pytest.approx(0.0)
+
+
+def test_too_few_parents_for_the_folds() -> None:
+    with pytest.raises(DataError, match="folds"):
+        score_candidates(candidates(3), TeacherConfig(folds=20))
+    with pytest.raises(InputError, match="2 or more"):
+        TeacherConfig(folds=1)
+
+
+def test_folds_are_even_and_follow_the_parent() -> None:
+    counts = np.bincount([fold_of(f"s{i}", 4, 0) for i in range(2000)], minlength=4)
+    assert counts.min() > 400
+    assert fold_of("s1", 4, 0) == fold_of("s1", 4, 0)
+
+
+def test_entropy_by_hand() -> None:
+    assert label_entropy_nats(["a"] * 5) == 0.0
+    assert label_entropy_nats(["a", "b", "b", "b"]) == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+
+
+def test_choose_respects_the_parent_limit() -> None:
+    rows = candidates(12, links=4)
+    ranking = np.random.default_rng(0).normal(size=len(rows))
+    kept = choose(rows, ranking, SelectionConfig(per_parent=2))
+    assert kept.sum() == 24
+    for parent in {row.provenance.parent for row in rows}:
+        mine = np.array([row.provenance.parent == parent for row in rows])
+        assert set(ranking[mine & kept]) == set(sorted(ranking[mine])[-2:])
+
+
+def test_choose_keeps_every_label() -> None:
+    rows = candidates(30, links=2)
+    ranking = np.array([float(row.sample.label == "None") for row in rows])  # one label outshines the rest
+    kept = choose(rows, ranking, SelectionConfig(per_parent=1, keep=0.3, teacher=TeacherConfig(fit=FitConfig())))
+    by_label = {
+        label: sum(k for k, row in zip(kept, rows, strict=True) if row.sample.label == label) for label in LABELS
+    }
+    assert by_label == dict.fromkeys(LABELS, 3)
+
+
+@pytest.mark.parametrize("settings", [{"per_parent": 0}, {"keep": 0.0}, {"keep": 1.5}])
+def test_impossible_limits_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        SelectionConfig(**settings)
