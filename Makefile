@@ -29,7 +29,7 @@ help: ## This list
 install: $(INSTALLED) ## The environment, in .venv: CUDA packages only where there is an NVIDIA GPU
 
 demo: $(INSTALLED) ## The whole method on the embedded micro-world; the page is demo/report.html
-	$(BIN)/mi2rage-rt demo --out demo
+	$(BIN)/mi2rage-rt demo --out demo --force
 	@echo "Open $(CURDIR)/demo/report.html"
 
 # One thread a process: with a process for each core, more would only compete.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtime.tiny_bundle import build_bundle
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["mi2rage_rt", *(f"{stage}/mi2rage_{stage}" for stage in ("engines", "training", "export", "benchmarks"))]
 MAX_WHEEL_BYTES = 20_000_000
@@ -136,9 +138,26 @@ def test_core_alone_says_what_is_missing(core: Clean) -> None:
     assert missing == {"missing": ["onnxruntime"], "install": "pip install 'mi2rage-rt[cpu]'"}
 
 
-def test_cpu_extra_brings_the_runtime_and_no_torch(core: Clean) -> None:
+@pytest.fixture(scope="module")
+def runtime(core: Clean) -> Clean:
+    """The same environment with the extra `cpu` added; the tests of the core alone come before."""
     core.install("[cpu]")
-    assert not HEAVY & core.distributions()
-    findings = json.loads(core.run("mi2rage-rt", "doctor", "--json"))
+    return core
+
+
+def test_cpu_extra_brings_the_runtime_and_no_torch(runtime: Clean) -> None:
+    assert not HEAVY & runtime.distributions()
+    findings = json.loads(runtime.run("mi2rage-rt", "doctor", "--json"))
     assert "CPUExecutionProvider" in findings["onnxruntime_providers"]
     assert findings["extras"]["cpu"]["missing"] == []
+
+
+def test_cpu_extra_runs_a_bundle(runtime: Clean, tmp_path: Path) -> None:
+    bundle = str(build_bundle(tmp_path))
+    runtime.run("mi2rage-rt", "generate", bundle, "a red car", "--out", "images")
+    (image,) = (runtime.work / "images").glob("*.png")
+    assert json.loads(runtime.run("mi2rage-rt", "caption", bundle, str(image), "--json"))["captions"]
+    row = {"id": "a", "tokens": ["Tim", "leads", "Apple"], "head": [0, 1], "tail": [2, 3], "image": str(image)}
+    (runtime.work / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    answer = json.loads(runtime.run("mi2rage-rt", "predict", bundle, "rows.jsonl", "--json"))
+    assert [prediction["relation"] for prediction in answer["predictions"]] == ["/per/org/leads"]
