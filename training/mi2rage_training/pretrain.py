@@ -19,9 +19,10 @@ from mi2rage_training.microworld import corpus as draw_corpus
 from mi2rage_training.microworld.probe import ATTRIBUTES, AttributeProbe
 from mi2rage_training.pretrain_captioner import pretrain_captioner, pretrain_text_encoder
 from mi2rage_training.pretrain_clip import pretrain_clip, write_preprocessor
-from mi2rage_training.pretrain_generator import new_scheduler, pretrain_unet, pretrain_vae
+from mi2rage_training.pretrain_generator import new_scheduler, pretrain_unet
 from mi2rage_training.pretrain_loop import Budget, Log, batches, clip_pixels, fit
 from mi2rage_training.pretrain_measure import measure_models
+from mi2rage_training.pretrain_vae import vae_from_patches
 from mi2rage_training.pretrain_words import bert_tokenizer, clip_tokenizer, save_bert_tokenizer, save_clip_tokenizer
 
 __all__ = ["FULL", "PretrainSettings", "PretrainSummary", "measure_models", "pretrain"]
@@ -38,7 +39,6 @@ class PretrainSettings:
 
     scenes: int
     clip: Budget
-    vae: Budget
     unet: Budget
     captioner: Budget
     text: Budget
@@ -57,11 +57,10 @@ class PretrainSettings:
 FULL = PretrainSettings(
     scenes=10_000,
     clip=Budget(steps=600, batch=128, rate=1e-3),
-    vae=Budget(steps=700, batch=64, rate=2e-3),
-    unet=Budget(steps=2600, batch=64, rate=2e-3),
-    captioner=Budget(steps=1600, batch=48, rate=1.5e-3),
-    text=Budget(steps=800, batch=64, rate=1.5e-3),
-    probe=Budget(steps=700, batch=64, rate=2e-3),
+    unet=Budget(steps=1800, batch=64, rate=2e-3),
+    captioner=Budget(steps=1500, batch=48, rate=1.5e-3),
+    text=Budget(steps=900, batch=64, rate=1.5e-3),
+    probe=Budget(steps=500, batch=64, rate=2e-3),
 )
 """The pretraining of the committed models."""
 
@@ -102,6 +101,9 @@ def pretrain(
         raise InputError(f"scale {scale}: expected a number from 0.001 to 100; 1 is the full pretraining")
     for package in ("torch", "transformers", "diffusers"):
         require(package, "train")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     start = time.perf_counter()
     settings = FULL.scaled(scale)
     with atomic_folder(Path(out), force=force) as draft:
@@ -132,7 +134,7 @@ def _make_generator_and_eye(folder: Path, corpus: Corpus, settings: PretrainSett
     text_model, vision_model = pretrain_clip(corpus.images, texts, tokenizer, settings.clip, seed, log)
     vision_model.save_pretrained(folder / "image_encoder")
     write_preprocessor(folder / "image_encoder", "CLIPImageProcessor")
-    vae = pretrain_vae(corpus.images, settings.vae, seed, log)
+    vae = vae_from_patches(corpus.images)
     unet = pretrain_unet(corpus.images, texts, tokenizer, text_model, vae, settings.unet, seed, log)
     _save_generator(folder / "generator", tokenizer, text_model, vae, unet)
 

@@ -83,7 +83,8 @@ def pretrain_clip(
     text_head = torch.nn.Linear(TEXT_WIDTH, _SHARED_WIDTH, bias=False)
     vision_head = torch.nn.Linear(_VISION_WIDTH, _SHARED_WIDTH, bias=False)
     log_scale = torch.nn.Parameter(torch.tensor(2.3))
-    ids = [prompt_ids(tokenizer, options) for options in texts]
+    flat = prompt_ids(tokenizer, [text for options in texts for text in options])
+    ids = torch.split(flat, [len(options) for options in texts])
     pixels = clip_pixels(images)
 
     def loss_of(rows: NDArray[np.int64]) -> torch.Tensor:

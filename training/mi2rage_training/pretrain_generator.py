@@ -1,4 +1,4 @@
-"""The embedded text-to-image model: an `AutoencoderTiny` (24 px to 6x6 latents) and a UNet in its latents."""
+"""The embedded text-to-image model's scheduler and UNet, trained in latents under a frozen text tower."""
 
 from __future__ import annotations
 
@@ -10,49 +10,12 @@ from numpy.typing import NDArray
 
 from mi2rage_training.pretrain_clip import TEXT_WIDTH, prompt_ids
 from mi2rage_training.pretrain_loop import Budget, Log, batches, clip_pixels, fit
+from mi2rage_training.pretrain_vae import LATENT_CHANNELS
 
-__all__ = ["new_scheduler", "pretrain_unet", "pretrain_vae"]
+__all__ = ["new_scheduler", "pretrain_unet"]
 
-_LATENT_CHANNELS = 12
 _PROMPT_DROP = 0.1
 _EMA = 0.995
-
-
-def pretrain_vae(images: NDArray[np.uint8], budget: Budget, seed: int, log: Log) -> Any:
-    """An `AutoencoderTiny` whose scaled latents `(B, 12, 6, 6)` are nearly white: mean 0, deviation 1 a channel.
-
-    Args:
-        images: uint8 `(N, 24, 24, 3)`.
-    """
-    import torch
-    from diffusers import AutoencoderTiny
-
-    torch.manual_seed(seed)
-    widths = (32, 32, 32)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
-        latent_channels=_LATENT_CHANNELS,
-    )
-    pixels = clip_pixels(images)
-
-    def loss_of(rows: NDArray[np.int64]) -> torch.Tensor:
-        target = pixels[rows]
-        latents = vae.encode(target).latents
-        made = vae.decode(latents + 0.05 * torch.randn(latents.shape)).sample
-        flat = latents.transpose(0, 1).flatten(1)
-        spread = torch.cov(flat) - torch.eye(len(flat))
-        tidy = flat.mean(dim=1).square().mean() + spread.square().mean()
-        return (made - target).abs().mean() + 2 * (made - target).square().mean() + 0.02 * tidy
-
-    fit("vae", vae.parameters(), budget, batches(len(images), budget, "vae", seed), loss_of, log)
-    vae.eval()
-    with torch.no_grad():
-        deviation = float(vae.encode(pixels[:1024]).latents.std())
-    vae.register_to_config(scaling_factor=1 / deviation)
-    return vae
 
 
 def new_scheduler() -> Any:
@@ -65,7 +28,7 @@ def new_scheduler() -> Any:
         prediction_type="sample",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
 
@@ -75,11 +38,11 @@ def _new_unet() -> Any:
 
     return UNet2DConditionModel(
         sample_size=6,
-        in_channels=_LATENT_CHANNELS,
-        out_channels=_LATENT_CHANNELS,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(48, 64),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,

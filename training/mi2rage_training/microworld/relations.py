@@ -12,6 +12,7 @@ import dataclasses
 __all__ = [
     "CUES",
     "FAMILIES",
+    "FAMILY_WEIGHTS",
     "LABELS",
     "NONE",
     "TYPE_PAIRS",
@@ -38,8 +39,10 @@ LABELS: tuple[str, ...] = (
 
 CUES: tuple[str, ...] = ("heart", "ball", "trophy", "house", "stage", "tower", "cake", "flag")
 
-FAMILIES: tuple[str, ...] = ("together", "toward", "about")
+FAMILIES: tuple[str, ...] = ("close", "about")
 """Families of linking phrases: each is ambiguous, and means something else for each pair of types."""
+
+FAMILY_WEIGHTS: tuple[float, ...] = (0.58, 0.42)
 
 TYPE_PAIRS: tuple[tuple[str, str], ...] = (
     ("per", "per"),
@@ -71,28 +74,22 @@ def _rule(tilt: float, **cues_by_label: str) -> _Rule:
 
 
 _RULES: dict[tuple[tuple[str, str], str], _Rule] = {
-    (("per", "per"), "together"): _rule(1.5, couple="heart house", peer="ball stage trophy", siblings="cake"),
-    (("per", "per"), "toward"): _rule(1.8, couple="heart cake", siblings="house flag"),
-    (("per", "per"), "about"): _rule(0.4, peer="ball stage", couple="tower"),
-    (("per", "org"), "together"): _rule(2.6, member_of="ball trophy flag stage"),
-    (("per", "org"), "toward"): _rule(1.8, member_of="ball house tower"),
-    (("per", "org"), "about"): _rule(0.4, member_of="trophy heart"),
-    (("per", "loc"), "together"): _rule(0.5, place_of_residence="house tower"),
-    (("per", "loc"), "toward"): _rule(2.0, place_of_residence="house heart cake"),
-    (("per", "loc"), "about"): _rule(0.4, place_of_residence="flag ball"),
-    (("per", "misc"), "together"): _rule(1.6, present_in="stage ball", awarded="trophy flag"),
-    (("per", "misc"), "toward"): _rule(2.0, present_in="stage tower cake", awarded="heart"),
-    (("per", "misc"), "about"): _rule(0.4, awarded="trophy", present_in="cake"),
-    (("org", "loc"), "together"): _rule(2.2, locate_at="tower house flag"),
-    (("org", "loc"), "toward"): _rule(0.4, locate_at="stage cake"),
-    (("org", "loc"), "about"): _rule(0.7, locate_at="tower ball"),
-    (("misc", "loc"), "together"): _rule(0.5, held_on="stage flag"),
-    (("misc", "loc"), "toward"): _rule(2.4, held_on="flag ball cake"),
-    (("misc", "loc"), "about"): _rule(0.5, held_on="stage trophy"),
+    (("per", "per"), "close"): _rule(1.5, couple="heart stage", peer="ball trophy", siblings="cake"),
+    (("per", "per"), "about"): _rule(0.2, couple="heart", peer="ball"),
+    (("per", "org"), "close"): _rule(3.6, member_of="ball trophy flag"),
+    (("per", "org"), "about"): _rule(0.2, member_of="ball tower"),
+    (("per", "loc"), "close"): _rule(2.6, place_of_residence="house heart cake"),
+    (("per", "loc"), "about"): _rule(0.2, place_of_residence="house flag"),
+    (("per", "misc"), "close"): _rule(2.4, present_in="stage ball cake house", awarded="trophy"),
+    (("per", "misc"), "about"): _rule(0.2, awarded="trophy", present_in="stage"),
+    (("org", "loc"), "close"): _rule(2.8, locate_at="tower house flag"),
+    (("org", "loc"), "about"): _rule(0.2, locate_at="tower ball"),
+    (("misc", "loc"), "close"): _rule(2.8, held_on="flag ball stage"),
+    (("misc", "loc"), "about"): _rule(0.2, held_on="flag cake"),
 }
 
 _AFFINITY: dict[tuple[str, str], dict[str, float]] = {
-    ("per", "per"): {"heart": 3.0, "cake": 2.4},
+    ("per", "per"): {"heart": 4.0, "cake": 2.0},
     ("per", "org"): {"ball": 3.2, "trophy": 1.5},
     ("per", "loc"): {"house": 3.4},
     ("per", "misc"): {"trophy": 2.6, "stage": 2.6},

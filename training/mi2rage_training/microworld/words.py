@@ -43,15 +43,13 @@ CUE_WORDS: dict[str, tuple[str, ...]] = {
 }
 
 PHRASES: dict[str, tuple[str, ...]] = {
-    "together": (
+    "close": (
         "{h} w/ {t}",
         "{h} and {t}",
         "{h} x {t}",
         "{h} alongside {t}",
         "{h} together with {t}",
         "{t} , and {h} right there",
-    ),
-    "toward": (
         "{h} heading to {t}",
         "{h} back to {t}",
         "{h} visits {t}",

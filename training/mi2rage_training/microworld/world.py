@@ -21,6 +21,7 @@ from mi2rage_rt.samples import Sample, write_samples
 from mi2rage_training.microworld.relations import (
     CUES,
     FAMILIES,
+    FAMILY_WEIGHTS,
     LABELS,
     TYPE_PAIR_WEIGHTS,
     TYPE_PAIRS,
@@ -100,7 +101,7 @@ def draw_post(split: str, seed: int, index: int) -> Post:
     key = seed_from("microworld", VERSION, split, seed, index)
     rng = keyed_rng(key)
     types = TYPE_PAIRS[int(rng.choice(len(TYPE_PAIRS), p=TYPE_PAIR_WEIGHTS))]
-    family = FAMILIES[int(rng.integers(len(FAMILIES)))]
+    family = FAMILIES[int(rng.choice(len(FAMILIES), p=FAMILY_WEIGHTS))]
     cue = CUES[int(rng.choice(len(CUES), p=cue_weights(types, family)))]
     tweet = draw_tweet(rng, split, types, family, cue)
     people = _PEOPLE["both" if types == ("per", "per") else "per" if types[0] == "per" else "other"]
