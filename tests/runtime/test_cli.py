@@ -140,6 +140,28 @@ def test_the_runtime_loads_no_torch(code: str) -> None:
     assert "mi2rage_rt" in loaded and not loaded & heavy
 
 
+def test_the_commands_need_no_torch(bundle_folder: Path, data: Path) -> None:
+    script = """
+import sys, json
+for name in ("torch", "transformers", "diffusers", "onnx", "sklearn", "pandas", "scipy"):
+    sys.modules[name] = None  # what is not installed
+from mi2rage_rt.cli import main
+for args in json.loads(sys.argv[1]):
+    try:
+        main(args)
+    except SystemExit as end:
+        assert end.code in (None, 0), (args, end.code)
+"""
+    bundle = str(bundle_folder)
+    calls = [
+        ["generate", bundle, "a red car", "--out", str(data / "out")],
+        ["caption", bundle, str(data / "out" / "000000.png")],
+        ["predict", bundle, str(data / "rows.jsonl")],
+        ["doctor", bundle],
+    ]
+    subprocess.run([sys.executable, "-c", script, json.dumps(calls)], check=True, capture_output=True)
+
+
 # -- the commands ------------------------------------------------------------------------------
 
 
