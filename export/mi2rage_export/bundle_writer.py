@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -182,6 +183,9 @@ def _write_generator(folder: Path, generator: TorchGenerator) -> dict[str, Any]:
         pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
         pipeline.unet.save_config(folder / "unet")
         pipeline.vae.save_config(folder / "vae_decoder")
+    # Older transformers, which optimum still wants, read CLIP's vocabulary from vocab.json and merges.txt.
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    _drop_local_paths(folder)
     tokenizer = TokenizerSpec(
         file="generator/tokenizer/tokenizer.json",
         max_length=int(pipeline.tokenizer.model_max_length),
@@ -204,6 +208,15 @@ def _write_generator(folder: Path, generator: TorchGenerator) -> dict[str, Any]:
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
     }
+
+
+def _drop_local_paths(folder: Path) -> None:
+    """diffusers notes in its configs where a model was loaded from; the same model must give the same bundle."""
+    for path in sorted(folder.rglob("*.json")):
+        if path.name in ("model_index.json", "config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_tokenizer(generator: TorchGenerator, spec: TokenizerSpec, folder: Path) -> None:

@@ -79,7 +79,7 @@ def resolve(name_or_folder: str | Path, role: str) -> str:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence the progress bars and notices that transformers and diffusers print while they load."""
+    """Silence the progress bars and notices that transformers and diffusers print while they load and run."""
     diffusers_logging = require("diffusers.utils.logging", "train")
     transformers_logging = require("transformers.utils.logging", "train")
     libraries = (diffusers_logging, transformers_logging)
@@ -101,10 +101,12 @@ def quiet_loading() -> Iterator[None]:
 @contextlib.contextmanager
 def _loading(name: str, expected: str) -> Iterator[None]:
     """Turn what the libraries raise on a bad folder into one message."""
+    from safetensors import SafetensorError
+
     with quiet_loading():
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
             raise ModelFolderError(
@@ -275,7 +277,7 @@ class TorchGenerator:
             return np.stack([noise.normal(seed, shape[1:], stream=1 + step) for seed in seeds])
 
         latents = np.stack([noise.normal(seed, self._latent_shape, stream=0) for seed in seeds])
-        with torch.inference_mode(), scheduler_noise(pipeline.scheduler, draw):
+        with torch.inference_mode(), quiet_loading(), scheduler_noise(pipeline.scheduler, draw):
             pixels = pipeline(
                 prompt=list(prompts),
                 latents=torch.from_numpy(latents).to(pipeline.device, pipeline.unet.dtype),
