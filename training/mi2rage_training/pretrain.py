@@ -83,6 +83,7 @@ def pretrain(
     scale: float = 1.0,
     measure: bool = False,
     force: bool = False,
+    settings: PretrainSettings = FULL,
 ) -> PretrainSummary:
     """Make all embedded models from nothing and write them to `out`, whole or not at all.
 
@@ -92,6 +93,7 @@ def pretrain(
         scale: times the steps (and, below 1, the scenes) of the full pretraining; 1 takes half an hour on 2 cores.
         measure: measure the models once they are made and write `measured.json`.
         force: replace a folder that is there.
+        settings: what `scale` multiplies.
 
     Raises:
         InputError: `scale` is not between 0.001 and 100, or `out` is not empty and `force` is off.
@@ -105,7 +107,7 @@ def pretrain(
 
     transformers_logging.disable_progress_bar()
     start = time.perf_counter()
-    settings = FULL.scaled(scale)
+    settings = settings.scaled(scale)
     with atomic_folder(Path(out), force=force) as draft:
         log = Log()
         corpus = draw_corpus(_FIRST_CORPUS + seed, settings.scenes)

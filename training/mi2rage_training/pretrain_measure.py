@@ -65,7 +65,7 @@ def captions_of(folder: Path, images: NDArray[np.uint8], prefix: str = "") -> li
     for at in track(range(0, len(images), 128), "captions"):
         pixels = clip_pixels(images[at : at + 128])
         with torch.no_grad():
-            out = model.generate(pixel_values=pixels, input_ids=ids.expand(len(pixels), -1).clone())
+            out = model.generate(pixel_values=pixels, input_ids=ids.expand(len(pixels), -1).clone(), max_new_tokens=24)
         captions += tokenizer.batch_decode(out[:, ids.shape[1] - 1 :], skip_special_tokens=True)
     return captions
 

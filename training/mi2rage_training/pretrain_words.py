@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import json
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +26,77 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def _learn_merges(texts: Iterable[str], size: int) -> list[tuple[str, str]]:
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import CLIPTokenizer
+def _learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent first, ties in alphabetical order.
 
-    template = CLIPTokenizer(vocab={_START: 0, _END: 1}, merges=[]).backend_tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False, min_frequency=3)
-    learner.train_from_iterator(texts, trainer)
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [(left, right) for left, right in merges]
+    The trainers of `tokenizers` break ties by the order of a hash map: two runs differ.
+
+    Args:
+        words: how often each word occurs, a word being its symbols.
+        count: merges at most; pairs seen less than three times are not merged.
+    """
+    spelt = [list(word) for word in words]
+    often = list(words.values())
+    places: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    for number, symbols in enumerate(spelt):
+        for pair in itertools.pairwise(symbols):
+            seen[pair] += often[number]
+            places[pair].add(number)
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count and seen:
+        best = min(seen, key=lambda pair: (-seen[pair], pair))
+        if seen[best] < 3:
+            break
+        merges.append(best)
+        for number in sorted(places.pop(best)):
+            before = spelt[number]
+            after = _merged(before, best)
+            for pair in itertools.pairwise(before):
+                seen[pair] -= often[number]
+                if not seen[pair]:
+                    del seen[pair]
+            for pair in itertools.pairwise(after):
+                seen[pair] += often[number]
+                places[pair].add(number)
+            spelt[number] = after
+    return merges
 
 
-def clip_tokenizer(texts: Iterable[str], size: int = 1500) -> Any:
+def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    at = 0
+    while at < len(symbols):
+        if tuple(symbols[at : at + 2]) == pair:
+            merged.append(_joined(pair))
+            at += 2
+        else:
+            merged.append(symbols[at])
+            at += 1
+    return merged
+
+
+def _joined(pair: tuple[str, str]) -> str:
+    return pair[0] + pair[1].removeprefix("##")
+
+
+def _counted(texts: Iterable[str], normalizer: Any, pre_tokenizer: Any) -> collections.Counter[str]:
+    words: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+    return words
+
+
+def clip_tokenizer(texts: Iterable[str], size: int = 1660) -> Any:
     """A `CLIPTokenizer` whose vocabulary holds every byte (so that any text has ids) and merges learnt from `texts`."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _learn_merges(texts, size - 2 - len(letters))
+    template = CLIPTokenizer(vocab={_START: 0, _END: 1}, merges=[]).backend_tokenizer
+    words = _counted(texts, template.normalizer, template.pre_tokenizer)
+    spelt = {(*word[:-1], word[-1] + "</w>"): often for word, often in words.items()}
+    merges = _learn_merges(spelt, size - 2 - 2 * len(letters))
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
     known = set(pieces)
     for left, right in merges:
@@ -72,16 +125,17 @@ def save_clip_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def bert_tokenizer(texts: Iterable[str], size: int = 1300) -> Any:
     """A lower-casing `BertTokenizer` with WordPieces learnt from `texts`; ASCII words are never unknown."""
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers import normalizers, pre_tokenizers
     from transformers import BertTokenizer
 
-    learner = BertWordPieceTokenizer(lowercase=True)
-    learner.train_from_iterator(texts, vocab_size=size, min_frequency=3, show_progress=False, wordpieces_prefix="##")
-    learnt = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    words = _counted(texts, normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer())
+    spelt = {(word[0], *(f"##{letter}" for letter in word[1:])): often for word, often in words.items()}
+    merges = _learn_merges(spelt, size - len(_SPECIAL) - 130)
     letters = string.ascii_lowercase + string.digits + string.punctuation
     pieces = [*_SPECIAL, *letters, *(f"##{letter}" for letter in string.ascii_lowercase + string.digits)]
+    pieces += sorted({symbol for word in spelt for symbol in word} - set(pieces))
     known = set(pieces)
-    pieces += [piece for piece, _ in learnt if piece not in known]
+    pieces += [piece for piece in dict.fromkeys(map(_joined, merges)) if piece not in known]
     vocab = {piece: number for number, piece in enumerate(pieces)}
     return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=MAX_WORDPIECES)
 

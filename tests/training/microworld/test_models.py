@@ -56,7 +56,7 @@ def test_captioner_loads_and_says_something_that_ends():
     model = BlipForConditionalGeneration.from_pretrained(folder).eval()
     pixels = torch.from_numpy(corpus(2, 8).images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        ids = model.generate(pixel_values=pixels)
+        ids = model.generate(pixel_values=pixels, max_new_tokens=24)
     tokenizer = BertTokenizer.from_pretrained(folder)
     assert all(len(text.split()) >= 2 for text in tokenizer.batch_decode(ids, skip_special_tokens=True))
     assert (ids == tokenizer.sep_token_id).any(dim=1).all()
@@ -85,11 +85,14 @@ def test_all_weights_fit_in_twelve_megabytes():
 
 
 def test_a_tiny_pretraining_makes_the_same_layout_twice(tmp_path):
-    from mi2rage_training.pretrain import pretrain
+    from mi2rage_training.pretrain import PretrainSettings, pretrain
+    from mi2rage_training.pretrain_loop import Budget
 
     torch.set_num_threads(1)
+    short = Budget(steps=2, batch=4, rate=1e-3)
+    settings = PretrainSettings(scenes=128, clip=short, unet=short, captioner=short, text=short, probe=short)
     for name in ("one", "two"):
-        pretrain(tmp_path / name, seed=5, scale=0.002)
+        pretrain(tmp_path / name, seed=5, settings=settings)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     kept = {path.relative_to(models_folder()) for path in models_folder().rglob("*") if path.is_file()}
     assert set(files) <= kept
