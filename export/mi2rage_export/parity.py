@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mi2rage_training.classifier_model import LoadedClassifier
     from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
 
-__all__ = ["check_captioner", "check_classifier", "check_generator", "check_graph", "demand"]
+__all__ = ["check_captioner", "check_classifier", "check_generator", "check_graph", "demand", "difference"]
 
 GRAPH_TOLERANCE = 1e-4
 """fp32: largest difference, relative to the largest value of the output where that is above 1."""
@@ -63,7 +63,7 @@ def _record(subject: str, measure: str, value: float, threshold: float, cases: i
     )
 
 
-def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+def difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Largest absolute difference over max(1, largest expected value); infinite where shapes or finiteness differ."""
     if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return float("inf")
@@ -89,7 +89,7 @@ def check_graph(graph: Graph, path: Path, *, threads: int | None = None, seed: i
         with torch.inference_mode():
             expected = graph.reference(*(torch.from_numpy(arrays[item.name]) for item in graph.inputs))
         for spec, tensor in zip(graph.outputs, expected, strict=True):
-            worst = max(worst, _difference(found[spec.name], tensor.numpy()))
+            worst = max(worst, difference(found[spec.name], tensor.numpy()))
     record: ParityRecord = _record(graph.name, "max_abs_scaled", worst, GRAPH_TOLERANCE, len(graph.checked))
     return record
 
