@@ -120,7 +120,7 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 12,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW; by default by model size.")] = None,
-    max_length: Annotated[int, typer.Option(help="Word pieces a sentence may hold.")] = 80,
+    max_length: Annotated[int, typer.Option(help="Word pieces a sentence may hold.")] = 64,
     skip_bad: _SkipBad = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     device: _Device = "auto",

@@ -49,7 +49,7 @@ class FitConfig:
     width: int = 64
     heads: int = 4
     dropout: float = 0.2
-    max_length: int = 80
+    max_length: int = 64
     epochs: int = 12
     batch_size: int = 32
     learning_rate: float | None = None
