@@ -14,7 +14,7 @@ from mi2rage_engines.errors import Mi2rageError, require
 from mi2rage_engines.spec import GraphSpec
 from mi2rage_export.components import Graph, random_inputs
 
-__all__ = ["OPSET", "export_graph"]
+__all__ = ["OPSET", "export_graph", "save_model", "trace"]
 
 OPSET = 20
 """GELU is one operator from 20 on; from 23 on TensorRT refuses fp32 `Attention` (ENGINES.md)."""
@@ -49,8 +49,15 @@ def _dynamic_shapes(graph: Graph) -> tuple[dict[int, str] | None, ...]:
     )
 
 
-def _traced(graph: Graph, opset: int) -> Any:
-    """The exporter's `onnx_ir.Model`."""
+def trace(graph: Graph, opset: int = OPSET) -> Any:
+    """The graph as an `onnx_ir.Model`, the same for the same module wherever it is traced.
+
+    Raises:
+        MissingExtraError: onnx or onnxscript is not installed.
+        Mi2rageError: the module cannot be traced.
+    """
+    require("onnx", "export")
+    require("onnxscript", "export")
     import torch
 
     arrays = random_inputs(graph, graph.traced, seed=0)
@@ -75,6 +82,7 @@ def _traced(graph: Graph, opset: int) -> Any:
             "torch.export can trace; report it with the model's name and the versions that 'mi2rage-rt doctor' prints"
         ) from error
     assert program is not None
+    _tidy(program.model, graph)
     return program.model
 
 
@@ -97,30 +105,25 @@ def _tidy(model: Any, graph: Graph) -> None:
         value.metadata_props.clear()
 
 
-def export_graph(
-    graph: Graph, path: Path, file: str, *, opset: int = OPSET, embed_up_to_bytes: int = EMBED_UP_TO_BYTES
-) -> GraphSpec:
+def save_model(model: Any, path: Path, *, embed_up_to_bytes: int = EMBED_UP_TO_BYTES) -> None:
+    """Write a traced model; weights too large to embed go to `<path>_data` beside it."""
+    import onnx_ir as ir
+
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(model, path, external_data=path.name + EXTERNAL_SUFFIX if weights > embed_up_to_bytes else None)
+
+
+def export_graph(graph: Graph, path: Path, file: str) -> GraphSpec:
     """Trace the graph's wrapper and write it as ONNX.
 
     Args:
         graph: what to export.
-        path: the `.onnx` file to write; weights too large to embed go to `<path>_data` beside it.
-        file: the path as the manifest has it, relative to the bundle.
-        opset: ONNX operator set.
-        embed_up_to_bytes: weights up to this size stand in the `.onnx` file itself.
+        path: the `.onnx` file to write.
+        file: the same path as the manifest has it, relative to the bundle.
 
     Raises:
-        MissingExtraError: onnx or onnxscript is not installed.
-        Mi2rageError: the module cannot be traced.
+        MissingExtraError, Mi2rageError: see `trace`.
     """
-    require("onnx", "export")
-    require("onnxscript", "export")
-    import onnx_ir as ir
-
-    model = _traced(graph, opset)
-    _tidy(model, graph)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    external = path.name + EXTERNAL_SUFFIX if weights > embed_up_to_bytes else None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(model, path, external_data=external)
-    return GraphSpec(file=file, inputs=tuple(item.spec for item in graph.inputs), outputs=graph.outputs, opset=opset)
+    save_model(trace(graph), path)
+    return GraphSpec(file=file, inputs=tuple(item.spec for item in graph.inputs), outputs=graph.outputs, opset=OPSET)

@@ -1,4 +1,4 @@
-"""The bundle as a whole: what stands in it, that the runtime answers as PyTorch does, and what leaves nothing behind."""
+"""The bundle as a whole: what stands in it, that the runtime answers as PyTorch does, and what leaves no trace."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mi2rage_training.pytorch_models import TorchGenerator
 from tests.models.tiny_captioner import random_images
 from tests.models.tiny_classifier import random_samples
 
+SAMPLERS = [("lcm", 4, 1.0), ("euler-ancestral", 6, 3.0), ("euler", 5, 2.0)]
 PROMPTS = ["a dog", "two men near a red car", "RT @user: caf\u00e9! #park", ""]
 
 
@@ -190,7 +191,7 @@ def test_models_that_cannot_be_exported_are_refused_before_anything_is_traced(ti
         shutil.rmtree(folder)
         assert list(tmp_path.iterdir()) == []
 
-    refused("scheduler DDIMScheduler: its step is not affine", "scheduler/scheduler_config.json", clip_sample=True)
+    refused("scheduler DDIMScheduler: its step is not affine", "scheduler/scheduler_config.json", thresholding=True)
     refused("expected a Stable Diffusion pipeline", "model_index.json", _class_name="StableDiffusionXLPipeline")
 
 
@@ -203,7 +204,7 @@ def test_a_multi_step_solver_is_refused_with_a_way_out(tiny_generator, tmp_path,
     index["scheduler"] = ["diffusers", "PNDMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
-    with pytest.raises(ModelFolderError, match="scheduler PNDMScheduler: calls the model .* --scheduler ddim"):
+    with pytest.raises(ModelFolderError, match=r"scheduler PNDMScheduler: calls the model .* --scheduler ddim"):
         export_bundle(tmp_path / "bundle", generator=folder)
     with pytest.raises(AssertionError, match="something was exported"):
         export_bundle(tmp_path / "bundle", generator=folder, scheduler="euler")

@@ -35,7 +35,7 @@ def test_a_graph_that_differs_fails(classifier, exported_bundle, change):
     record = parity.check_graph(_changed(graph, change), path)
     assert not record.passed
     assert np.isfinite(record.value)
-    with pytest.raises(ParityError, match="classifier/classifier: max_abs_scaled is .* the bound is 0.0001"):
+    with pytest.raises(ParityError, match=r"classifier/classifier: max_abs_scaled is .* the bound is 0.0001"):
         parity.demand(record)
 
 

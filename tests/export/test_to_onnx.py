@@ -13,7 +13,7 @@ from mi2rage_engines.errors import Mi2rageError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_export.components import captioner_graphs, generator_graphs, random_inputs
 from mi2rage_export.parity import check_graph
-from mi2rage_export.to_onnx import export_graph
+from mi2rage_export.to_onnx import export_graph, save_model, trace
 from mi2rage_training.pytorch_models import TorchGenerator
 from tests.models.tiny_generator import build_generator
 
@@ -23,20 +23,20 @@ def text_encoder(generator):
     return generator_graphs(generator)[0]
 
 
-def test_the_same_module_gives_the_same_bytes(text_encoder, exported_bundle, tmp_path, capfd):
-    export_graph(text_encoder, tmp_path / "again.onnx", "again.onnx")
-    once = exported_bundle / "generator" / "text_encoder" / "model.onnx"
-    assert (tmp_path / "again.onnx").read_bytes() == once.read_bytes()
+def test_the_same_module_gives_the_same_bytes_and_large_weights_stand_apart(
+    text_encoder, exported_bundle, tmp_path, capfd
+):
+    model = trace(text_encoder)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+    save_model(model, tmp_path / "again.onnx")
+    once = exported_bundle / "generator" / "text_encoder" / "model.onnx"
+    assert (tmp_path / "again.onnx").read_bytes() == once.read_bytes()
 
-
-def test_large_weights_stand_in_a_file_beside_the_graph(text_encoder, tmp_path):
-    export_graph(text_encoder, tmp_path / "model.onnx", "model.onnx", embed_up_to_bytes=1000)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
-    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.onnx_data").stat().st_size
-    onnx.checker.check_model(tmp_path / "model.onnx")
-    assert check_graph(text_encoder, tmp_path / "model.onnx").passed
+    save_model(model, tmp_path / "large" / "model.onnx", embed_up_to_bytes=1000)
+    assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["model.onnx", "model.onnx_data"]
+    onnx.checker.check_model(tmp_path / "large" / "model.onnx")
+    assert check_graph(text_encoder, tmp_path / "large" / "model.onnx").passed
 
 
 def test_the_tiny_autoencoder_too(tmp_path):
