@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mi2rage_engines.errors import DataError
+from mi2rage_engines.validation import first_problem
 from mi2rage_rt import mnre
 from mi2rage_rt.files import atomic_text
 
@@ -116,9 +117,7 @@ def _sample_from_json(line: str) -> Sample:
     try:
         row = _Row.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "row"
-        raise ValueError(f"{where}: {first['msg']}") from error
+        raise ValueError(first_problem(error)) from error
     try:
         provenance = Provenance(**row.provenance) if row.provenance is not None else None
     except TypeError as error:

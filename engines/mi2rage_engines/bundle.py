@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mi2rage_engines.errors import BundleError
 from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec
+from mi2rage_engines.validation import first_problem
 
 __all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest", "ParityRecord", "open_manifest", "record_files"]
 
@@ -114,10 +114,8 @@ def _parse(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
         raise BundleError(
-            f"{path}: {where}: {first['msg']}; the manifest is damaged; copy the bundle again, or export again"
+            f"{path}: {first_problem(error)}; the manifest is damaged; copy the bundle again, or export again"
         ) from error
 
 

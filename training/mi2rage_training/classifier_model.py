@@ -8,7 +8,6 @@ product, which lets one cue mean different relations for different pairs. A miss
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from mi2rage_engines.errors import DataError, ModelFolderError
 from mi2rage_engines.spec import ImagePreprocessing
+from mi2rage_engines.validation import first_problem
 from mi2rage_rt.images import pixel_values
 from mi2rage_rt.text import EntityMarkedTokenizer
 
@@ -253,7 +253,9 @@ def load_classifier(folder: Path | str) -> LoadedClassifier:
         module.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except FileNotFoundError as error:
         raise ModelFolderError(f"{folder}: {Path(str(error.filename)).name} is missing; {wanted}") from error
-    except (ValidationError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+    except ValidationError as error:
+        raise ModelFolderError(f"{folder / CONFIG_NAME}: {first_problem(error)}; {wanted}") from error
+    except (SafetensorError, RuntimeError) as error:
         raise ModelFolderError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); {wanted}") from error
     loaded = LoadedClassifier(config, module.eval(), tokenizer)
     loaded.tokenizer_file = folder / TOKENIZER_NAME

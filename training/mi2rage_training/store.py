@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mi2rage_engines.bundle import FileRecord, sha256_of
 from mi2rage_engines.errors import DataError, InputError
+from mi2rage_engines.validation import first_problem
 from mi2rage_rt.files import atomic_bytes, atomic_text
 from mi2rage_rt.samples import Provenance, Sample, Span
 
@@ -210,8 +211,10 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise DataError(f"{folder}: {state}; expected a folder written by 'mi2rage-rt synthesize' or 'select'")
     try:
         return StoreManifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is damaged ({str(error).splitlines()[0]}); make the store again") from error
+    except ValidationError as error:
+        raise DataError(f"{path}: is damaged ({first_problem(error)}); make the store again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is damaged ({error.reason}); make the store again") from error
 
 
 def read_store(folder: Path) -> Iterator[Candidate]:

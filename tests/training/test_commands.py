@@ -1,0 +1,130 @@
+"""The training commands as a user meets them: they run on small data, and bad input ends in one message and code 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mi2rage_rt.cli import main
+from mi2rage_rt.images import encode_image
+from mi2rage_rt.samples import write_samples
+from tests.training.fakes import samples
+
+MNRE_SAMPLE = Path(__file__).parents[3] / "shared/data/mnre_sample"
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `mi2rage-rt words...`."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    import dataclasses
+
+    rows = [dataclasses.replace(sample, image=f"{sample.id}.png") for sample in samples(24)]
+    for i, row in enumerate(rows):
+        (folder / str(row.image)).write_bytes(encode_image(np.full((24, 24, 3), 60 * (i % 3), np.uint8)))
+    write_samples(folder / "rows.jsonl", rows)
+    return folder
+
+
+def test_the_line_from_text_to_an_evaluated_classifier(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = world / "rows.jsonl"
+    store, kept, folder = tmp_path / "candidates", tmp_path / "kept", tmp_path / "classifier"
+    code, out, err = run(capsys, "synthesize", rows, store, "--links", 2, "--steps", 2, "--guidance", 1, "--json")
+    assert (code, json.loads(out)["candidates"]) == (0, 48), err
+    code, out, err = run(capsys, "select", store, kept, "--folds", 2, "--epochs", 1, "--per-parent", 1, "--json")
+    assert (code, json.loads(out)["kept"]) == (0, 24), err
+    code, out, err = run(capsys, "train", kept, folder, "--epochs", 1, "--validation", rows, "--json")
+    assert (code, json.loads(out)["with_image"]) == (0, 24), err
+    code, out, err = run(capsys, "evaluate", folder, rows, "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 24), err
+    code, _, err = run(capsys, "train", kept, folder)
+    assert (code, "--force" in err) == (2, True)
+
+
+def _bad_span(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"head": [0, 99]}
+
+
+def _bad_key(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"colour": "red"}
+
+
+@pytest.mark.parametrize(("spoil", "said"), [(_bad_span, "does not fit"), (_bad_key, "colour")])
+def test_a_bad_row_is_named_and_nothing_is_left(
+    spoil: Any, said: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (world / "rows.jsonl").read_text().splitlines()
+    lines[4] = json.dumps(spoil(json.loads(lines[4])))
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    code, out, err = run(capsys, "synthesize", tmp_path / "bad.jsonl", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "bad.jsonl, line 5" in err
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_mnre_rows_are_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = "{'token': ['a', 'b', 'c'], 'h': {'name': 'a', 'pos': [0, 1]}, 't': {'name': 'c', 'pos': [2, 3]}, "
+    rows = [
+        good + "'img_id': 'x.jpg', 'relation': '/per/per/peer'}",
+        good,
+        good + "'img_id': 'y.jpg', 'relation': 'None'}",
+    ]
+    (tmp_path / "mnre.txt").write_text("\n".join(rows))
+    words = ["train", tmp_path / "mnre.txt", tmp_path / "out", "--modality", "text", "--epochs", 1, "--json"]
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert "mnre.txt, line 2" in err
+    code, out, err = run(capsys, *words, "--skip-bad")
+    assert (code, json.loads(out)["pairs"]) == (0, 2), err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["synthesize", "{tmp}/nothing.jsonl", "{tmp}/o"], "nothing.jsonl: cannot be read"),
+        (["synthesize", "{tmp}/empty.jsonl", "{tmp}/o"], "no samples in it"),
+        (["synthesize", "{rows}", "{tmp}/o", "--links", "0"], "links: came 0"),
+        (["synthesize", "{rows}", "{tmp}/o", "--image-format", "gif"], "expected one of: png, jpeg"),
+        (["synthesize", "{rows}", "{tmp}/o", "--generator", "{tmp}/nowhere"], "nowhere"),
+        (["synthesize", "{rows}", "{tmp}/o", "--device", "abacus"], "not a torch device"),
+        (["select", "{tmp}", "{tmp}/o"], "is no store"),
+        (["select", "{tmp}", "{tmp}/o", "--score", "luck"], "expected one of: information, added"),
+        (["train", "{rows}", "{tmp}/o", "--text-encoder", "{tmp}/nowhere"], "nowhere"),
+        (["train", "{rows}", "{tmp}/o", "--images", "{tmp}"], "--images"),
+        (["train", "{rows}", "{tmp}/o", "--epochs", "many"], "epochs"),
+        (["evaluate", "{tmp}/nowhere", "{rows}"], "no such folder"),
+        (["evaluate", "{tmp}", "{rows}"], "missing"),
+    ],
+)
+def test_wrong_input_is_one_message(
+    words: list[str], said: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    code, out, err = run(capsys, *[word.format(tmp=tmp_path, rows=world / "rows.jsonl") for word in words])
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(not MNRE_SAMPLE.is_dir(), reason=f"the real MNRE sample is not at {MNRE_SAMPLE}")
+def test_real_rows_with_their_jpegs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "train", MNRE_SAMPLE / "train.txt", tmp_path / "c", "--epochs", 1, "--json")
+    assert code == 0, err
+    assert json.loads(out)["with_image"] == json.loads(out)["pairs"]
+    code, _, err = run(capsys, "evaluate", tmp_path / "c", MNRE_SAMPLE / "test.txt")
+    assert code == 2  # its labels are not all among the few that were trained on
+    assert "does not know" in err
