@@ -112,7 +112,7 @@ def test_captions_invent_nothing():
 
 def test_a_cue_or_a_phrase_alone_leaves_the_label_open():
     for cue in CUES:
-        assert len({label_of(types, family, cue) for types in TYPE_PAIRS for family in FAMILIES}) >= 4
+        assert len({label_of(types, family, cue) for types in TYPE_PAIRS for family in FAMILIES}) >= 3
     for types, family in itertools.product(TYPE_PAIRS[:6], FAMILIES):
         assert len({label_of(types, family, cue) for cue in CUES}) >= 2
         assert abs(sum(cue_weights(types, family)) - 1) < 1e-9

@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from mi2rage_engines.errors import DataError
 from mi2rage_rt.files import atomic_text
 from mi2rage_rt.samples import Sample, read_samples
-from mi2rage_training.microworld.world import corpus
+from mi2rage_training.microworld.world import Facts, corpus, read_facts
 
 __all__ = ["write_gallery"]
 
@@ -66,14 +65,14 @@ def _sentence(sample: Sample) -> str:
     return " ".join(words)
 
 
-def _sample_card(folder: Path, sample: Sample, fact: dict[str, Any]) -> str:
-    seen = ", ".join(attribute.replace(":", " ") for attribute in fact["attributes"])
+def _sample_card(folder: Path, sample: Sample, fact: Facts) -> str:
+    seen = ", ".join(attribute.replace(":", " ") for attribute in sorted(fact.attributes))
     noise = ""
-    if fact["true_label"] != sample.label:
-        noise = f'<br><span class="wrong">wrong on purpose: {html.escape(fact["true_label"])} is true</span>'
-    types = " &rarr; ".join(fact["types"])
+    if fact.true_label != sample.label:
+        noise = f'<br><span class="wrong">wrong on purpose: {html.escape(fact.true_label)} is true</span>'
+    types = " &rarr; ".join(fact.types)
     image = _picture((folder / str(sample.image)).read_bytes(), seen)
-    facts = f'<div class="facts">{types} &middot; <i>{fact["family"]}</i><br>{seen}{noise}</div>'
+    facts = f'<div class="facts">{types} &middot; <i>{fact.family}</i><br>{seen}{noise}</div>'
     return f'<div class="card">{image}<div>{_sentence(sample)}{facts}</div></div>'
 
 
@@ -87,7 +86,7 @@ def _corpus_cards(seed: int, count: int) -> str:
     return "".join(cards)
 
 
-def _sections(folder: Path, labels: Sequence[str], samples: list[Sample], facts: dict[str, Any], each: int) -> str:
+def _sections(folder: Path, labels: Sequence[str], samples: list[Sample], facts: dict[str, Facts], each: int) -> str:
     parts = []
     for label in labels:
         of_label = [sample for sample in samples if sample.label == label]
@@ -115,13 +114,11 @@ def write_gallery(folder: Path | str, page: Path | str, *, each: int = 8, corpus
     try:
         world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
         labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "facts.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder}: cannot be read as a micro-world ({error}); expected what `mi2rage-rt world` writes"
         ) from error
-    facts = {row["id"]: row for row in rows}
-    body = _sections(folder, labels, read_samples(folder / "train.jsonl"), facts, each)
+    body = _sections(folder, labels, read_samples(folder / "train.jsonl"), read_facts(folder), each)
     counts = ", ".join(f"{count} {split}" for split, count in world["splits"].items())
     with atomic_text(Path(page)) as file:
         file.write(

@@ -50,4 +50,5 @@ class Canvas:
     def pixels(self, light: float, grain: NDArray[np.float64]) -> NDArray[np.uint8]:
         """The picture, uint8 `(size, size, 3)`: averaged, times `light`, plus `grain` (that shape, white is 1)."""
         mean = self._paint.reshape(self._size, _OVER, self._size, _OVER, 3).mean(axis=(1, 3))
-        return np.round(np.clip(mean * light + grain, 0, 1) * 255).astype(np.uint8)
+        pixels: NDArray[np.uint8] = np.round(np.clip(mean * light + grain, 0, 1) * 255).astype(np.uint8)
+        return pixels

@@ -102,3 +102,8 @@ class AttributeProbe:
             frozenset(name for name, score in zip(ATTRIBUTES, row, strict=True) if score > 0.5)
             for row in self.scores(images)
         ]
+
+    def cues(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[str | None]:
+        """The likeliest cue in each picture, or None where none is more likely than not."""
+        best = [row[: len(CUES)] for row in self.scores(images)]
+        return [CUES[int(row.argmax())] if row.max() > 0.5 else None for row in best]

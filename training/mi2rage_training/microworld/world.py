@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mi2rage_engines.errors import InputError
+from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.files import atomic_folder
 from mi2rage_rt.noise import rng as keyed_rng
 from mi2rage_rt.noise import seed_from
@@ -36,11 +36,13 @@ __all__ = [
     "LABEL_NOISE",
     "VERSION",
     "Corpus",
+    "Facts",
     "Post",
     "WorldSummary",
     "build_world",
     "corpus",
     "draw_post",
+    "read_facts",
 ]
 
 VERSION = 1
@@ -62,6 +64,7 @@ class Post:
     scene: Scene
     types: tuple[str, str]
     family: str
+    cue: str
     label: str
 
 
@@ -106,7 +109,7 @@ def draw_post(split: str, seed: int, index: int) -> Post:
     tweet = draw_tweet(rng, split, types, family, cue)
     people = _PEOPLE["both" if types == ("per", "per") else "per" if types[0] == "per" else "other"]
     scene = draw_scene(rng, cue if rng.random() >= CUE_MISSING else None, key, people)
-    return Post(tweet, scene, types, family, label_of(types, family, cue))
+    return Post(tweet, scene, types, family, cue, label_of(types, family, cue))
 
 
 def _noisy(label: str, rng: np.random.Generator) -> str:
@@ -153,9 +156,15 @@ def _write_split(folder: Path, split: str, seed: int, count: int, tick: Callable
         label = _noisy(post.label, keyed_rng(seed_from("microworld-noise", split, seed, index)))
         samples.append(Sample(name, post.tweet.tokens, post.tweet.head, post.tweet.tail, label, image))
         facts.append(
-            {"id": name, "types": post.types, "family": post.family, "attributes": sorted(post.scene.attributes)}
+            {
+                "id": name,
+                "types": post.types,
+                "family": post.family,
+                "cue": post.cue,
+                "attributes": sorted(post.scene.attributes),
+                "true_label": post.label,
+            }
         )
-        facts[-1]["true_label"] = post.label
         tick()
     write_samples(folder / f"{split}.jsonl", samples)
     return facts
@@ -217,6 +226,46 @@ def build_world(
         }
         (draft / "world.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return WorldSummary(Path(folder), seed, counts, labels)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What is true of one row: to measure with, never to train on.
+
+    Attributes:
+        id: the row's.
+        types: entity types of head and tail.
+        family: of the linking phrase.
+        cue: the object that the label was decided by, whether the picture shows it or not.
+        attributes: what the picture shows, e.g. `cue:heart`, `setting:park`, `shirt:red`.
+        true_label: the label before noise.
+    """
+
+    id: str
+    types: tuple[str, str]
+    family: str
+    cue: str
+    attributes: frozenset[str]
+    true_label: str
+
+
+def read_facts(folder: Path | str) -> dict[str, Facts]:
+    """The facts of all rows of a world, by id.
+
+    Raises:
+        DataError: `folder` holds no readable `facts.jsonl`.
+    """
+    path = Path(folder) / "facts.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        facts = [
+            Facts(**row | {"types": tuple(row["types"]), "attributes": frozenset(row["attributes"])}) for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as the facts of a micro-world ({error}); expected what `mi2rage-rt world` writes"
+        ) from error
+    return {fact.id: fact for fact in facts}
 
 
 def _label_counts(folder: Path, splits: dict[str, int]) -> dict[str, int]:
