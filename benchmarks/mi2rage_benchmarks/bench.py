@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from mi2rage_engines.spec import GraphSpec
 
 if TYPE_CHECKING:
     from mi2rage_export.components import Graph
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["BenchCell", "BenchReport", "run_bench"]
 
@@ -84,9 +87,12 @@ def run_bench(
     threads = threads or usable_cores()
     manifest = open_manifest(folder)
     found = environment(threads)
+    if float(found.get("load at start", 0)) > usable_cores() / 2:
+        logger.warning("the machine is busy (load %s): the times will be long and scattered", found["load at start"])
     cells = []
     with _torch_threads(threads):
         for name, graph, spec in _subjects(folder, manifest, classifier, generator):
+            _check_fits(folder, name, graph, spec)
             engine = OrtEngine(folder / spec.file, providers=("CPUExecutionProvider",), threads=threads)
             cells += [_cell(name, graph, engine, size, repeats, seed) for size in batch_sizes]
     return BenchReport(cells=tuple(cells), environment=found, seed=seed)
@@ -142,6 +148,16 @@ def _subjects(
         model = TorchGenerator.from_folder(generator, device="cpu", dtype=torch.float32)
         unet = next(graph for graph in generator_graphs(model) if graph.name == "generator/unet")
         yield "generator step (UNet)", unet, manifest.generator.graphs["unet"]
+
+
+def _check_fits(folder: Path, name: str, graph: Graph, spec: GraphSpec) -> None:
+    wanted, found = [item.spec for item in graph.inputs], list(spec.inputs)
+    for mine, theirs in zip(wanted, found, strict=False):
+        if mine != theirs:
+            raise BundleError(
+                f"{folder}: its {name} takes {theirs.name} {theirs.shape}, the given model {mine.name} {mine.shape}; "
+                "expected the model that the bundle was exported from; give that one, or export again"
+            )
 
 
 def _lacks(folder: Path, component: str) -> BundleError:

@@ -20,6 +20,7 @@ def build_generator(
     vae: Literal["kl", "tiny"] = "kl",
     scheduler: str = "DDIMScheduler",
     scheduler_options: dict[str, Any] | None = None,
+    text_width: int = 32,
     seed: int = 0,
 ) -> Path:
     """Write a random pipeline: 24 px images, 6x6x4 latents, one down-sampling in the UNet."""
@@ -36,9 +37,9 @@ def build_generator(
     )
     pipeline = diffusers.StableDiffusionPipeline(
         vae=_vae(vae),
-        text_encoder=_text_encoder(vocabulary),
+        text_encoder=_text_encoder(vocabulary, text_width),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=_unet(),
+        unet=_unet(text_width),
         scheduler=getattr(diffusers, scheduler)(**(options | (scheduler_options or {}))),
         safety_checker=None,
         feature_extractor=None,
@@ -50,12 +51,12 @@ def build_generator(
     return folder
 
 
-def _text_encoder(vocabulary: int) -> Any:
+def _text_encoder(vocabulary: int, width: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -68,7 +69,7 @@ def _text_encoder(vocabulary: int) -> Any:
     return CLIPTextModel(config).eval()
 
 
-def _unet() -> Any:
+def _unet(text_width: int) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -77,7 +78,7 @@ def _unet() -> Any:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=text_width,
         attention_head_dim=8,
         norm_num_groups=4,
     ).eval()

@@ -70,7 +70,9 @@ def resolve(name_or_folder: str | Path, role: str) -> str:
         if not folder.is_dir():
             raise ModelFolderError(f"{folder}: the embedded {role} is missing; make it with 'mi2rage-rt pretrain'")
         return str(folder)
-    if Path(name).is_dir() or (isinstance(name_or_folder, str) and _HUB_ID.fullmatch(name)):
+    # `models/missing` beside a folder `models` is a mistyped path: the hub is not asked for it.
+    is_hub_id = _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
+    if Path(name).is_dir() or is_hub_id:
         return name
     raise ModelFolderError(
         f"{name}: no such {role} folder; expected a folder, a hub id like owner/name, or '{EMBEDDED}'; check the path"
