@@ -48,6 +48,9 @@ def _new_unet() -> Any:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
         norm_num_groups=16,
+        # the sentence as a whole joins the time embedding, so that every block knows of it
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 
