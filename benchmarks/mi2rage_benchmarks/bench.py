@@ -87,8 +87,11 @@ def run_bench(
     threads = threads or usable_cores()
     manifest = open_manifest(folder)
     found = environment(threads)
-    if float(found.get("load at start", 0)) > usable_cores() / 2:
-        logger.warning("the machine is busy (load %s): the times will be long and scattered", found["load at start"])
+    if float(found.get("cores busy at start", 0)) > 0.5:
+        logger.warning(
+            "other processes keep %s of the machine's cores busy: the times will be long and scattered",
+            found["cores busy at start"],
+        )
     cells = []
     with _torch_threads(threads):
         for name, graph, spec in _subjects(folder, manifest, classifier, generator):

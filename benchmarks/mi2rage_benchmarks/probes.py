@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mi2rage_rt import progress
 
-__all__ = ["Spread", "Timing", "environment", "time_alternating"]
+__all__ = ["Spread", "Timing", "busy_cores", "environment", "time_alternating"]
 
 _PACKAGES = ("mi2rage-rt", "torch", "onnxruntime", "transformers", "diffusers", "numpy")
 _WINDOW = 5
@@ -114,8 +114,28 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_cores(seconds: float = 0.3) -> float | None:
+    """How many cores of the machine others keep busy, measured while this process sleeps; None where Linux is not.
+
+    Not the load average: that still counts what this process itself did in the minute before.
+    """
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        total_after, idle_after = ticks()
+    except (OSError, ValueError, IndexError):
+        return None
+    passed = total_after - total
+    return (os.cpu_count() or 1) * (1 - (idle_after - idle) / passed) if passed else 0.0
+
+
 def environment(threads: int) -> dict[str, str]:
-    """What the figures depend on: processor, threads, load, versions, and when."""
+    """What the figures depend on: processor, threads, what else runs, versions, and when."""
     from mi2rage_engines.ort_engine import usable_cores
 
     found = {
@@ -125,8 +145,9 @@ def environment(threads: int) -> dict[str, str]:
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    with contextlib.suppress(OSError, AttributeError):  # not on Windows
-        found["load at start"] = f"{os.getloadavg()[0]:.2f}"
+    busy = busy_cores()
+    if busy is not None:
+        found["cores busy at start"] = f"{busy:.2f}"
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)

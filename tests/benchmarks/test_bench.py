@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mi2rage_benchmarks import commands
 from mi2rage_benchmarks.bench import BenchReport, run_bench
-from mi2rage_benchmarks.probes import Timing, environment, time_alternating
+from mi2rage_benchmarks.probes import Timing, busy_cores, environment, time_alternating
 from mi2rage_engines.errors import BundleError, InputError, MissingExtraError, ModelFolderError, ParityError
 from tests.models.tiny_classifier import build_classifier
 from tests.models.tiny_generator import build_generator
@@ -123,3 +123,5 @@ def test_the_environment_names_the_processor():
     assert found["threads"] == "3"
     assert found["cpu"]
     assert np.int64(found["cores"]) >= 1
+    busy = busy_cores(0.05)
+    assert busy is None or busy >= 0
