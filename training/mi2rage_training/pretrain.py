@@ -56,11 +56,11 @@ class PretrainSettings:
 
 FULL = PretrainSettings(
     scenes=10_000,
-    clip=Budget(steps=600, batch=128, rate=1e-3),
-    unet=Budget(steps=1800, batch=64, rate=2e-3),
-    captioner=Budget(steps=1500, batch=48, rate=1.5e-3),
+    clip=Budget(steps=1200, batch=128, rate=1e-3),
+    unet=Budget(steps=4500, batch=32, rate=1.5e-3),
+    captioner=Budget(steps=2500, batch=48, rate=1.5e-3),
     text=Budget(steps=900, batch=64, rate=1.5e-3),
-    probe=Budget(steps=500, batch=64, rate=2e-3),
+    probe=Budget(steps=900, batch=64, rate=2e-3),
 )
 """The pretraining of the committed models."""
 

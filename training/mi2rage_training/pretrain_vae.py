@@ -28,8 +28,8 @@ _HERE, _BEFORE, _AFTER = 1, 0, 2
 _CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
-def _components(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    """Mean `(48,)`, axes `(24, 48)`, mean deviation of 4x4 patches in [0, 1], in the encoder's order of channels."""
+def _components(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Mean `(48,)`, axes `(24, 48)` and their deviations `(24,)` of 4x4 patches in [0, 1], ordered as the encoder."""
     count = len(images)
     pixels = images.astype(np.float64) / 255
     # rows, columns -> cell, corner of the cell (halves), corner of the half
@@ -38,11 +38,11 @@ def _components(images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray
     variances, axes = np.linalg.eigh(np.cov((parts - mean).T))
     kept = axes[:, ::-1][:, :LATENT_CHANNELS].T
     kept = kept * np.sign(kept[np.arange(LATENT_CHANNELS), np.abs(kept).argmax(axis=1)])[:, None]
-    deviation = float(np.sqrt(variances[::-1][:LATENT_CHANNELS].mean()))
-    return mean.astype(np.float32), kept.astype(np.float32), deviation
+    deviations = np.sqrt(variances[::-1][:LATENT_CHANNELS])
+    return mean.astype(np.float32), kept.astype(np.float32), deviations.astype(np.float32)
 
 
-def _write_encoder(layers: Any, mean: NDArray[np.float32], axes: NDArray[np.float32]) -> None:
+def _write_encoder(layers: Any, mean: NDArray[np.float32], code: NDArray[np.float32]) -> None:
     import torch
 
     for channel in range(3):
@@ -52,8 +52,8 @@ def _write_encoder(layers: Any, mean: NDArray[np.float32], axes: NDArray[np.floa
             for channel in range(before):
                 # the finer corner varies fastest: the second halving's corners are the outer ones
                 layer.weight[number * before + channel, channel, _HERE + down, _HERE + right] = 1
-    layers[3].weight[:, :, _HERE, _HERE] = torch.from_numpy(axes * _SMALL)
-    layers[3].bias[:] = torch.from_numpy(-axes @ mean * _SMALL)
+    layers[3].weight[:, :, _HERE, _HERE] = torch.from_numpy(code)
+    layers[3].bias[:] = torch.from_numpy(-code @ mean)
 
 
 def _write_counting(block: Any) -> None:
@@ -112,10 +112,10 @@ def _write_gates(block: Any, size: int) -> None:
     third.bias[:size] = -1
 
 
-def _write_decoder(layers: Any, mean: NDArray[np.float32], axes: NDArray[np.float32]) -> None:
+def _write_decoder(layers: Any, mean: NDArray[np.float32], decode: NDArray[np.float32]) -> None:
     import torch
 
-    layers[0].weight[:_PATCH, :, _HERE, _HERE] = torch.from_numpy(axes.T / _SMALL)
+    layers[0].weight[:_PATCH, :, _HERE, _HERE] = torch.from_numpy(decode)
     layers[0].bias[:_PATCH] = torch.from_numpy(mean)
     layers[0].bias[_ONE] = 1
     _write_counting(layers[2])
@@ -130,8 +130,8 @@ def _write_decoder(layers: Any, mean: NDArray[np.float32], axes: NDArray[np.floa
 def vae_from_patches(images: NDArray[np.uint8]) -> Any:
     """An `AutoencoderTiny`, 24 px to latents `(B, 24, 6, 6)`, from the principal components of the images' patches.
 
-    Scaled latents have mean 0 and mean variance 1; the components keep their own variances, so distances between
-    latents are distances between pictures.
+    Scaled latents have mean 0 and mean variance 1. A component's deviation is the root of what it is in the picture:
+    kept as it is, the light of the scene would drown the details; made equal, the grain would count as much as shapes.
 
     Args:
         images: uint8 `(N, 24, 24, 3)`.
@@ -139,18 +139,20 @@ def vae_from_patches(images: NDArray[np.uint8]) -> Any:
     import torch
     from diffusers import AutoencoderTiny
 
-    mean, axes, deviation = _components(images)
+    mean, axes, deviations = _components(images)
+    scales = _SMALL / np.sqrt(deviations)[:, None]
+    code, decode = axes * scales, (axes / scales).T
     vae = AutoencoderTiny(
         encoder_block_out_channels=(_PATCH,) * 3,
         decoder_block_out_channels=(_DECODER_WIDTH,) * 3,
         num_encoder_blocks=(0, 0, 0),
         num_decoder_blocks=(1, 1, 1),
         latent_channels=LATENT_CHANNELS,
-        scaling_factor=1 / (deviation * _SMALL),
+        scaling_factor=float(1 / (_SMALL * np.sqrt(deviations.mean()))),
     )
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.zero_()
-        _write_encoder(vae.encoder.layers, mean, axes)
-        _write_decoder(vae.decoder.layers, mean, axes)
+        _write_encoder(vae.encoder.layers, mean, code)
+        _write_decoder(vae.decoder.layers, mean, decode)
     return vae.eval()
