@@ -18,7 +18,7 @@ from mi2rage_engines.ort_engine import OrtEngine, usable_cores
 from mi2rage_engines.spec import GraphSpec
 
 if TYPE_CHECKING:
-    from mi2rage_export.components import Graph
+    from mi2rage_export.graphs import Graph
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _lacks(folder: Path, component: str) -> BundleError:
 def _cell(name: str, graph: Graph, engine: OrtEngine, batch_size: int, repeats: int, seed: int) -> BenchCell:
     import torch
 
-    from mi2rage_export.components import random_inputs
+    from mi2rage_export.graphs import random_inputs
 
     # Of the sizes that the export was checked at, the last but one is the usual one.
     sizes = dict(graph.checked[-2]) | {"batch": batch_size}

@@ -16,10 +16,11 @@ from mi2rage_engines.errors import InputError, ModelFolderError, require
 from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec, GraphSpec, LatentSpec, TokenizerSpec
 from mi2rage_rt import progress
 from mi2rage_rt.files import atomic_folder
-from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator, quiet_loading
+from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+from mi2rage_training.pytorch_sources import quiet_loading
 
 if TYPE_CHECKING:
-    from mi2rage_export.components import Graph
+    from mi2rage_export.graphs import Graph
     from mi2rage_training.classifier_model import LoadedClassifier
 
 __all__ = ["export_bundle"]
@@ -44,7 +45,7 @@ def export_bundle(
         generator: Stable Diffusion folder, hub id, or `embedded`.
         captioner: BLIP folder, hub id, or `embedded`.
         classifier: a folder written by `mi2rage-rt train`.
-        scheduler: a sampler in place of the generator's own, one of `pytorch_models.SCHEDULERS`.
+        scheduler: a sampler in place of the generator's own, one of `samplers.SCHEDULERS`.
         force: replace a bundle that is there already.
         seed: of the inputs that the parity checks draw.
 

@@ -1,98 +1,23 @@
-"""What can be exported: for each graph its wrapper, its inputs and axes, and the PyTorch answer to check it against."""
+"""What can be exported: the graphs of a Stable Diffusion pipeline, a BLIP captioner and a relation classifier."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mi2rage_engines.errors import ModelFolderError
-from mi2rage_engines.spec import Axis, TensorSpec
+from mi2rage_engines.spec import Axis
 from mi2rage_export import wrappers
+from mi2rage_export.graphs import Graph, Input, Sizes, below, in_sequence, normal, outputs_from, padding_mask
 
 if TYPE_CHECKING:
     from mi2rage_training.classifier_model import LoadedClassifier
     from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
 
-__all__ = ["Graph", "captioner_graphs", "classifier_graphs", "generator_graphs", "random_inputs"]
-
-Array = NDArray[Any]
-Sizes = Mapping[str, int]
-Draw = Callable[[np.random.Generator, tuple[int, ...], Sizes], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """An input of a graph and how test values for it are drawn."""
-
-    name: str
-    dtype: str
-    shape: tuple[Axis, ...]
-    draw: Draw
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The input as the manifest has it."""
-        return TensorSpec(name=self.name, dtype=self.dtype, shape=self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Graph:
-    """One graph to export.
-
-    Attributes:
-        name: component and graph, e.g. `generator/unet`.
-        module: the wrapper that is traced; its forward takes `inputs` in order.
-        inputs, outputs: with the names of dynamic axes.
-        reference: what the unpatched PyTorch model answers to the inputs, in the order of `outputs`.
-        traced: the sizes of the dynamic axes while tracing; 2 or more (0 and 1 would be frozen), no two alike
-            where axes might be taken for one.
-        checked: sizes at which the graph is compared: smallest, usual, largest.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: tuple[Input, ...]
-    outputs: tuple[TensorSpec, ...]
-    reference: Callable[..., tuple[Tensor, ...]]
-    traced: Sizes
-    checked: tuple[Sizes, ...]
-
-
-def random_inputs(graph: Graph, sizes: Sizes, seed: int) -> dict[str, Array]:
-    """Random arrays for the graph's inputs at the given sizes of its dynamic axes."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for item in graph.inputs:
-        shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in item.shape)
-        arrays[item.name] = np.asarray(item.draw(rng, shape, sizes), dtype=item.dtype)
-    return arrays
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, ...], _: Sizes) -> Array:
-    return rng.standard_normal(shape)
-
-
-def _below(limit: int) -> Draw:
-    return lambda rng, shape, _: rng.integers(0, limit, shape)
-
-
-def _in_sequence(rng: np.random.Generator, shape: tuple[int, ...], sizes: Sizes) -> Array:
-    return rng.integers(0, sizes["sequence"], shape)
-
-
-def _padding_mask(rng: np.random.Generator, shape: tuple[int, ...], _: Sizes) -> Array:
-    lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
-    return np.arange(shape[1]) < lengths
-
-
-def _outputs(**shapes: tuple[Axis, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+__all__ = ["captioner_graphs", "classifier_graphs", "generator_graphs"]
 
 
 def generator_graphs(generator: TorchGenerator) -> tuple[Graph, ...]:
@@ -139,8 +64,8 @@ def _text_encoder_graph(text_encoder: Any, length: int, width: int) -> Graph:
     return Graph(
         name="generator/text_encoder",
         module=wrappers.TextEncoder(text_encoder),
-        inputs=(Input("input_ids", "int64", ("batch", length), _below(vocabulary)),),
-        outputs=_outputs(last_hidden_state=("batch", length, width), pooler_output=("batch", width)),
+        inputs=(Input("input_ids", "int64", ("batch", length), below(vocabulary)),),
+        outputs=outputs_from(last_hidden_state=("batch", length, width), pooler_output=("batch", width)),
         reference=reference,
         traced={"batch": 2},
         checked=({"batch": 1}, {"batch": 2}, {"batch": 8}),
@@ -174,11 +99,11 @@ def _unet_graph(generator: TorchGenerator, length: int, width: int) -> Graph:
         name="generator/unet",
         module=wrappers.UNet(unet),
         inputs=(
-            Input("sample", "float32", shape, _normal),
-            Input("timestep", "float32", (), _below(steps)),
-            Input("encoder_hidden_states", "float32", ("batch", length, width), _normal),
+            Input("sample", "float32", shape, normal),
+            Input("timestep", "float32", (), below(steps)),
+            Input("encoder_hidden_states", "float32", ("batch", length, width), normal),
         ),
-        outputs=_outputs(out_sample=shape),
+        outputs=outputs_from(out_sample=shape),
         reference=reference,
         traced={"batch": 2, "height": 3 * unit, "width": 4 * unit},
         checked=_latent_sizes(generator),
@@ -195,9 +120,9 @@ def _vae_graph(generator: TorchGenerator) -> Graph:
         name="generator/vae_decoder",
         module=wrappers.VaeDecoder(vae),
         inputs=(
-            Input("latent_sample", "float32", ("batch", int(vae.config.latent_channels), "height", "width"), _normal),
+            Input("latent_sample", "float32", ("batch", int(vae.config.latent_channels), "height", "width"), normal),
         ),
-        outputs=_outputs(sample=("batch", int(vae.config.out_channels), "image_height", "image_width")),
+        outputs=outputs_from(sample=("batch", int(vae.config.out_channels), "image_height", "image_width")),
         reference=reference,
         traced={"batch": 2, "height": 6, "width": 8},
         checked=_latent_sizes(generator),
@@ -232,8 +157,8 @@ def _vision_graph(captioner: TorchCaptioner, config: Any) -> Graph:
     return Graph(
         name="captioner/vision",
         module=wrappers.BlipVision(model),
-        inputs=(Input("pixel_values", "float32", ("batch", 3, size, size), _normal),),
-        outputs=_outputs(cross_keys=cross, cross_values=cross),
+        inputs=(Input("pixel_values", "float32", ("batch", 3, size, size), normal),),
+        outputs=outputs_from(cross_keys=cross, cross_values=cross),
         reference=reference,
         traced={"batch": 2},
         checked=({"batch": 1}, {"batch": 2}, {"batch": 8}),
@@ -251,13 +176,13 @@ def _decoder_graph(captioner: TorchCaptioner, config: Any) -> Graph:
         name="captioner/decoder",
         module=wrappers.BlipDecoder(captioner.module),
         inputs=(
-            Input("input_ids", "int64", ("batch", "sequence"), _below(int(text.vocab_size))),
-            Input("past_keys", "float32", past, _normal),
-            Input("past_values", "float32", past, _normal),
-            Input("cross_keys", "float32", cross, _normal),
-            Input("cross_values", "float32", cross, _normal),
+            Input("input_ids", "int64", ("batch", "sequence"), below(int(text.vocab_size))),
+            Input("past_keys", "float32", past, normal),
+            Input("past_values", "float32", past, normal),
+            Input("cross_keys", "float32", cross, normal),
+            Input("cross_values", "float32", cross, normal),
         ),
-        outputs=_outputs(
+        outputs=outputs_from(
             logits=("batch", "sequence", int(text.vocab_size)), present_keys=present, present_values=present
         ),
         reference=_decoder_reference(captioner),
@@ -307,14 +232,14 @@ def classifier_graphs(classifier: LoadedClassifier) -> tuple[Graph, ...]:
             name="classifier/classifier",
             module=wrappers.Classifier(module),
             inputs=(
-                Input("input_ids", "int64", ("batch", "sequence"), _below(vocabulary)),
-                Input("attention_mask", "int64", ("batch", "sequence"), _padding_mask),
-                Input("head_index", "int64", index, _in_sequence),
-                Input("tail_index", "int64", index, _in_sequence),
-                Input("pixel_values", "float32", ("batch", 3, spec.height, spec.width), _normal),
-                Input("image_mask", "float32", index, _below(2)),
+                Input("input_ids", "int64", ("batch", "sequence"), below(vocabulary)),
+                Input("attention_mask", "int64", ("batch", "sequence"), padding_mask),
+                Input("head_index", "int64", index, in_sequence),
+                Input("tail_index", "int64", index, in_sequence),
+                Input("pixel_values", "float32", ("batch", 3, spec.height, spec.width), normal),
+                Input("image_mask", "float32", index, below(2)),
             ),
-            outputs=_outputs(logits=("batch", len(classifier.labels))),
+            outputs=outputs_from(logits=("batch", len(classifier.labels))),
             reference=lambda *tensors: (module(*tensors),),
             traced={"batch": 2, "sequence": min(11, limit)},
             checked=(

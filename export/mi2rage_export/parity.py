@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mi2rage_engines.bundle import ParityRecord
 from mi2rage_engines.errors import ParityError
 from mi2rage_engines.ort_engine import OrtEngine
-from mi2rage_export.components import Graph, random_inputs
+from mi2rage_export.graphs import Graph, random_inputs
 from mi2rage_rt.noise import rng, seed_from
 from mi2rage_rt.samples import Sample, Span
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import ModelFolderError
 from mi2rage_engines.spec import ScheduleTable
-from mi2rage_training.pytorch_models import SCHEDULERS, scheduler_noise
+from mi2rage_training.samplers import SCHEDULERS, scheduler_noise
 
 __all__ = ["STEP_COUNTS", "schedule_table", "schedule_tables"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mi2rage_engines.errors import Mi2rageError, require
 from mi2rage_engines.spec import GraphSpec
-from mi2rage_export.components import Graph, random_inputs
+from mi2rage_export.graphs import Graph, random_inputs
 
 __all__ = ["OPSET", "export_graph", "save_model", "trace"]
 

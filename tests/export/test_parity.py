@@ -72,7 +72,7 @@ def test_whole_components_that_differ_fail(bundle, generator, captioner, classif
 
 
 def test_inputs_are_drawn_from_the_seed(generator):
-    from mi2rage_export.components import random_inputs
+    from mi2rage_export.graphs import random_inputs
 
     graph = generator_graphs(generator)[1]
     sizes = graph.checked[0]

@@ -10,7 +10,7 @@ import torch
 from mi2rage_engines.errors import ModelFolderError
 from mi2rage_export.schedules import STEP_COUNTS, schedule_table, schedule_tables
 from mi2rage_rt.schedule import Schedule
-from mi2rage_training.pytorch_models import scheduler_noise
+from mi2rage_training.samplers import scheduler_noise
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 AFFINE = [

@@ -11,7 +11,8 @@ import torch
 
 from mi2rage_engines.errors import Mi2rageError
 from mi2rage_engines.ort_engine import OrtEngine
-from mi2rage_export.components import captioner_graphs, generator_graphs, random_inputs
+from mi2rage_export.components import captioner_graphs, generator_graphs
+from mi2rage_export.graphs import random_inputs
 from mi2rage_export.parity import check_graph
 from mi2rage_export.to_onnx import export_graph, save_model, trace
 from mi2rage_training.pytorch_models import TorchGenerator

@@ -9,14 +9,9 @@ runtime uses, so that the same seed makes the same image and the same caption on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import re
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +20,16 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, ModelFolderError, require
 from mi2rage_rt import noise
+from mi2rage_training.pytorch_sources import (
+    EMBEDDED,
+    default_device,
+    dtype_for,
+    loading,
+    quiet_loading,
+    resolve,
+    small_files,
+)
+from mi2rage_training.samplers import scheduler_class, scheduler_noise
 
 if TYPE_CHECKING:
     import torch
@@ -33,132 +38,10 @@ if TYPE_CHECKING:
     from mi2rage_rt.protocols import Image
     from mi2rage_rt.text import PlainTokenizer
 
-__all__ = ["EMBEDDED", "SCHEDULERS", "TorchCaptioner", "TorchGenerator", "quiet_loading", "resolve", "scheduler_noise"]
-
-EMBEDDED = "embedded"
-"""The name that stands for the package's own micro-world models."""
+__all__ = ["EMBEDDED", "TorchCaptioner", "TorchGenerator", "quiet_loading", "resolve"]
 
 SETTINGS_NAME = "mi2rage.json"
 """Optional file of a generator's folder: `{"steps": .., "guidance_scale": .., "height": .., "width": ..}`."""
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-ancestral": "EulerAncestralDiscreteScheduler",
-    "lcm": "LCMScheduler",
-}
-"""Samplers that a generator's own one can be exchanged for, by their names on the command line."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def resolve(name_or_folder: str | Path, role: str) -> str:
-    """The local folder or hub id that a model's name stands for.
-
-    Args:
-        name_or_folder: `embedded`, a folder, or a hub id (`owner/name`).
-        role: what the model is for, `generator` or `captioner`; the embedded models lie in folders of these names.
-
-    Raises:
-        ModelFolderError: it is no folder and cannot be a hub id either, or the embedded models are missing.
-    """
-    name = str(name_or_folder)
-    if name == EMBEDDED:
-        from mi2rage_training.microworld import models_folder
-
-        folder = Path(models_folder()) / role
-        if not folder.is_dir():
-            raise ModelFolderError(f"{folder}: the embedded {role} is missing; make it with 'mi2rage-rt pretrain'")
-        return str(folder)
-    # `models/missing` beside a folder `models` is a mistyped path: the hub is not asked for it.
-    is_hub_id = _HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
-    if Path(name).is_dir() or is_hub_id:
-        return name
-    raise ModelFolderError(
-        f"{name}: no such {role} folder; expected a folder, a hub id like owner/name, or '{EMBEDDED}'; check the path"
-    )
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence the progress bars and notices that transformers and diffusers print while they load and run."""
-    diffusers_logging = require("diffusers.utils.logging", "train")
-    transformers_logging = require("transformers.utils.logging", "train")
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for library, (verbosity, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _loading(name: str, expected: str) -> Iterator[None]:
-    """Turn what the libraries raise on a bad folder into one message."""
-    from safetensors import SafetensorError
-
-    with quiet_loading():
-        try:
-            yield
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-            raise ModelFolderError(
-                f"{name}: cannot be loaded ({type(error).__name__}: {reason}); expected {expected}; "
-                "check the folder or hub id, and that its files are whole"
-            ) from error
-
-
-def _default_device() -> str:
-    torch_module = require("torch", "train")
-    return "cuda" if torch_module.cuda.is_available() else "cpu"
-
-
-def _dtype_for(device: str) -> torch.dtype:
-    import torch
-
-    return torch.float32 if device == "cpu" else torch.float16
-
-
-@contextlib.contextmanager
-def scheduler_noise(
-    scheduler: Any, draw: Callable[[tuple[int, ...], int], NDArray[np.floating[Any]]]
-) -> Iterator[None]:
-    """Within the block, the noise that `scheduler.step` adds is `draw(shape, step index)`.
-
-    diffusers' schedulers call the function `randn_tensor` of their own module; it is replaced there and put back.
-    Schedulers without that function add no noise and are left as they are.
-    """
-    import torch
-
-    module = sys.modules[type(scheduler).__module__]
-    original = getattr(module, "randn_tensor", None)
-    if original is None:
-        yield
-        return
-
-    calls = itertools.count()
-
-    def keyed(shape: Sequence[int], *, device: Any = None, dtype: Any = None, **_: Any) -> torch.Tensor:
-        # DDPM keeps no step index, but draws at every step from the first on: there the calls count the steps.
-        call, index = next(calls), getattr(scheduler, "step_index", None)
-        return torch.from_numpy(draw(tuple(shape), call if index is None else int(index))).to(
-            device=device, dtype=dtype
-        )
-
-    setattr(module, "randn_tensor", keyed)  # noqa: B010 (mypy refuses the assignment to a module)
-    try:
-        yield
-    finally:
-        setattr(module, "randn_tensor", original)  # noqa: B010
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +130,8 @@ class TorchGenerator:
         require("transformers", "train")
         source = resolve(name_or_folder, "generator")
         expected = "a Stable Diffusion pipeline (model_index.json with _class_name StableDiffusionPipeline)"
-        device = device or _default_device()
-        with _loading(source, expected):
+        device = device or default_device()
+        with loading(source, expected):
             found = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
             if found == "StableDiffusionPipeline":
                 pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -256,11 +139,11 @@ class TorchGenerator:
                     safety_checker=None,
                     feature_extractor=None,
                     requires_safety_checker=False,
-                ).to(device, dtype or _dtype_for(device))
+                ).to(device, dtype or dtype_for(device))
         if found != "StableDiffusionPipeline":
             raise ModelFolderError(f"{source}: its class is {found}; expected {expected}; give another generator")
         if scheduler is not None:
-            pipeline.scheduler = _scheduler(diffusers, scheduler).from_config(pipeline.scheduler.config)
+            pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)
         given = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
         name = Path(source).name if Path(source).is_dir() else source
         return cls(name, pipeline, _settings(source, pipeline, given))
@@ -293,23 +176,9 @@ class TorchGenerator:
         return images
 
 
-def _scheduler(diffusers: Any, name: str) -> Any:
-    if name not in SCHEDULERS:
-        raise ModelFolderError(f"scheduler {name!r} is not known; expected one of {', '.join(SCHEDULERS)}")
-    return getattr(diffusers, SCHEDULERS[name])
-
-
 def _same_length(first: str, a: Sequence[object], second: str, b: Sequence[object]) -> None:
     if len(a) != len(b):
         raise DataError(f"{len(a)} {first} but {len(b)} {second}; expected one of each for every row")
-
-
-def _small_files(source: str) -> Path:
-    """A local folder with the tokenizer's and the processor's files of a folder or hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    hub = require("huggingface_hub", "train")
-    return Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.txt"]))
 
 
 class TorchCaptioner:
@@ -366,14 +235,14 @@ class TorchCaptioner:
 
         source = resolve(name_or_folder, "captioner")
         expected = "a BLIP captioner (config.json with the architecture BlipForConditionalGeneration)"
-        device = device or _default_device()
-        with _loading(source, expected):
+        device = device or default_device()
+        with loading(source, expected):
             found = transformers.PretrainedConfig.get_config_dict(source)[0].get("architectures") or ["unknown"]
             if "BlipForConditionalGeneration" in found:
                 module = transformers.BlipForConditionalGeneration.from_pretrained(
-                    source, dtype=dtype or _dtype_for(device)
+                    source, dtype=dtype or dtype_for(device)
                 ).to(device)
-                files = _small_files(source)
+                files = small_files(source)
         if "BlipForConditionalGeneration" not in found:
             raise ModelFolderError(f"{source}: its class is {found[0]}; expected {expected}; give another captioner")
         limit = max_new_tokens or module.generation_config.max_new_tokens or 20
