@@ -68,7 +68,7 @@ def random_inputs(graph: Graph, sizes: Sizes, seed: int) -> dict[str, Array]:
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], _: Sizes) -> Array:
-    return rng.standardnormal(shape)
+    return rng.standard_normal(shape)
 
 
 def below(limit: int) -> Draw:
