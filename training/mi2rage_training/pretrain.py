@@ -18,6 +18,7 @@ from mi2rage_training.microworld import Corpus
 from mi2rage_training.microworld import corpus as draw_corpus
 from mi2rage_training.microworld.probe import ATTRIBUTES, AttributeProbe
 from mi2rage_training.pretrain_captioner import pretrain_captioner, pretrain_text_encoder
+from mi2rage_training.pretrain_card import write_card
 from mi2rage_training.pretrain_clip import pretrain_clip, write_preprocessor
 from mi2rage_training.pretrain_generator import new_scheduler, pretrain_unet
 from mi2rage_training.pretrain_loop import Budget, Log, batches, clip_pixels, fit
@@ -119,6 +120,7 @@ def pretrain(
         measured = measure_models(draft, seed=seed) if measure else None
         if measured is not None:
             (draft / "measured.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        write_card(draft)
         size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
     return PretrainSummary(Path(out), seed, round(time.perf_counter() - start, 1), size, measured)
 

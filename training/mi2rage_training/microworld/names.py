@@ -48,13 +48,15 @@ _SHARES = (0.35, 0.15, 0.2, 0.3)
 
 _FIRST_ENDINGS = ("ina", "ella", "ey", "io", "aya", "us")
 _LAST_ENDINGS = ("son", "sky", "ez", "berg", "man", "elli")
+_SPELT_OUT = 0.9
+"""Share of organisations, places and events whose type is a word of its own."""
 _PERSON_TITLES = ("Mr", "Dr", "Lady", "DJ", "Coach")
-_ORG_ENDINGS = ("United", "FC", "Labs", "Records", "Inc", "News")
-_ORG_SUFFIXES = ("corp", "tech", "soft")
-_PLACE_SUFFIXES = ("ville", "ton", "burgh", "port", "land")
-_PLACE_ENDINGS = ("City", "Bay", "Hills")
-_EVENT_ENDINGS = ("Awards", "Cup", "Festival", "Show", "Tour", "Prize")
-_EVENT_SUFFIXES = ("fest", "con")
+_ORG_ENDINGS = ("United", "FC", "Labs", "Records")
+_ORG_SUFFIXES = ("corp", "tech")
+_PLACE_SUFFIXES = ("ville", "burgh")
+_PLACE_ENDINGS = ("City", "Bay", "Hills", "Town")
+_EVENT_ENDINGS = ("Awards", "Cup", "Festival", "Tour")
+_EVENT_SUFFIXES = ("fest",)
 
 
 @functools.cache
@@ -90,10 +92,10 @@ def draw_name(rng: np.random.Generator, split: str, kind: str) -> tuple[str, ...
         first = stem + _pick(rng, _FIRST_ENDINGS)
         return (first,) if form < 0.35 else (first, last)
     if kind == "org":
-        return (stem, _pick(rng, _ORG_ENDINGS)) if form < 0.7 else (stem + _pick(rng, _ORG_SUFFIXES),)
+        return (stem, _pick(rng, _ORG_ENDINGS)) if form < _SPELT_OUT else (stem + _pick(rng, _ORG_SUFFIXES),)
     if kind == "loc":
-        return (stem + _pick(rng, _PLACE_SUFFIXES),) if form < 0.7 else (stem, _pick(rng, _PLACE_ENDINGS))
-    return (stem, _pick(rng, _EVENT_ENDINGS)) if form < 0.7 else (stem + _pick(rng, _EVENT_SUFFIXES),)
+        return (stem + _pick(rng, _PLACE_SUFFIXES),) if form < _SPELT_OUT else (stem, _pick(rng, _PLACE_ENDINGS))
+    return (stem, _pick(rng, _EVENT_ENDINGS)) if form < _SPELT_OUT else (stem + _pick(rng, _EVENT_SUFFIXES),)
 
 
 def draw_user(rng: np.random.Generator, split: str) -> str:

@@ -45,7 +45,7 @@ __all__ = [
     "read_facts",
 ]
 
-VERSION = 1
+VERSION = 2
 CUE_MISSING = 0.08
 """Share of pictures without their cue."""
 LABEL_NOISE = 0.03
