@@ -11,7 +11,7 @@ __all__ = ["write_card"]
 _PARTS = """\
 | folder | class | what for |
 | --- | --- | --- |
-| `generator/` | `StableDiffusionPipeline`: CLIP text tower, UNet, `AutoencoderTiny`, DDIM (clean latents) | text to 24 px |
+| `generator/` | `StableDiffusionPipeline`: CLIP text tower, UNet, `AutoencoderTiny`, DDIM | text to 24 px |
 | `captioner/` | `BlipForConditionalGeneration` | picture to plain caption, also after a prefix |
 | `image_encoder/` | `CLIPVisionModel`, the other tower of the same tiny CLIP | the classifier's eye |
 | `text_encoder/` | `BertModel`, by masked words on unlabelled posts | the classifier's reader |
@@ -20,10 +20,10 @@ _PARTS = """\
 
 _LIMITS = """\
 They know the micro-world and nothing else: 24 px, eight objects, five settings, six shirt colours. The generator's
-autoencoder is written down from principal components, not trained (`pretrain_vae.py`), and its decoder counts cells from
-the border: it holds for 24 px only. `BlipForConditionalGeneration.generate` does not read `max_new_tokens` from
-`generation_config.json`: pass `max_new_tokens=24`. The measuring probe misses some cues itself (see its row), so the
-generator's rates are, if anything, low. One seed, one machine; other thread counts change the last digits.
+autoencoder is written down from principal components, not trained (`pretrain_vae.py`), and its decoder counts cells
+from the border: it holds for 24 px only. `BlipForConditionalGeneration.generate` does not read `max_new_tokens` from
+`generation_config.json`: pass `max_new_tokens=24`. The rates are what the probe sees; its own misses are in its row.
+One seed, one machine; other thread counts change the last digits.
 """
 
 
@@ -64,7 +64,8 @@ def write_card(folder: Path) -> None:
     path = folder / "measured.json"
     if path.is_file():
         measured = json.loads(path.read_text(encoding="utf-8"))
-        how = f"`mi2rage-rt pretrain --measure-only FOLDER --seed {measured['seed']}`, {measured['scenes']} fresh scenes.\n"
+        command = f"mi2rage-rt pretrain --measure-only FOLDER --seed {measured['seed']}"
+        how = f"`{command}`: {measured['scenes']} fresh scenes.\n"
         parts += ["## How good\n", how, _measured(measured)]
     parts += ["## Limits\n", _LIMITS, "## Licence\n", "Apache-2.0, as the package; all data are synthetic.\n"]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")

@@ -140,7 +140,7 @@ def vae_from_patches(images: NDArray[np.uint8]) -> Any:
     from diffusers import AutoencoderTiny
 
     mean, axes, deviations = _components(images)
-    scales = _SMALL / np.sqrt(deviations)[:, None]
+    scales = (_SMALL / np.sqrt(deviations)).astype(np.float32)[:, None]
     code, decode = axes * scales, (axes / scales).T
     vae = AutoencoderTiny(
         encoder_block_out_channels=(_PATCH,) * 3,
