@@ -23,6 +23,7 @@ from mi2rage_training.chain import ChainConfig, synthesize
 from mi2rage_training.evaluation import evaluate_pairs
 from mi2rage_training.fit import FitConfig, fit_classifier
 from mi2rage_training.metrics import RelationMetrics
+from mi2rage_training.microworld.probe import AttributeProbe
 from mi2rage_training.pairs import Pair, load_pairs, pairs_from_candidates
 from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
 from mi2rage_training.selection import Selection, SelectionConfig, select
@@ -46,12 +47,12 @@ class DemoConfig:
         seed: of everything.
     """
 
-    train: int = 900
+    train: int = 1500
     validation: int = 300
     test: int = 600
-    links: int = 4
-    epochs: int = 20
-    teacher_epochs: int = 8
+    links: int = 3
+    epochs: int = 12
+    teacher_epochs: int = 6
     bench_repeats: int = 30
     seed: int = 0
 
@@ -68,7 +69,13 @@ class Student:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo did; `seconds` has the wall time of each step in order."""
+    """What the demo did.
+
+    Attributes:
+        seconds: wall time of each step, in order.
+        cue_rates: share (0 to 1) of the pictures that show the object which the label rests on, by the probe of
+            `microworld.probe`: first of the real pictures, then of each link's.
+    """
 
     config: DemoConfig
     out: Path
@@ -80,6 +87,7 @@ class DemoResult:
     standalone: StandaloneRun
     bench: BenchReport
     seconds: dict[str, float]
+    cue_rates: tuple[float, ...]
 
 
 class _Steps:
@@ -129,6 +137,19 @@ def _students(
     )
 
 
+def _cue_rates(world: Path, candidates: Sequence[Candidate], real: Sequence[Pair], links: int) -> tuple[float, ...]:
+    facts = microworld.read_facts(world)
+    probe = AttributeProbe.load()
+
+    def rate(pictures: Sequence[tuple[str, Pair]]) -> float:
+        found = probe.cues([image for _, pair in pictures if (image := pair.load()) is not None])
+        return sum(cue == facts[parent].cue for cue, (parent, _) in zip(found, pictures, strict=True)) / len(pictures)
+
+    made = [(candidate.provenance, Pair(candidate.sample, candidate.image)) for candidate in candidates]
+    by_link = [[(at.parent, pair) for at, pair in made if at.link == link] for link in range(1, links + 1)]
+    return (rate([(pair.sample.id, pair) for pair in real]), *map(rate, by_link))
+
+
 def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResult:
     """Run every step into the folder `out`; the steps' stores, models and bundle stay there.
 
@@ -158,7 +179,12 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
         return tuple(read_store(store))
 
     teacher = TeacherConfig(
-        fit=FitConfig(epochs=config.teacher_epochs, image_dropout=0.3, seed=seed_from(config.seed, "teacher") % 2**31)
+        fit=FitConfig(
+            epochs=config.teacher_epochs,
+            batch_size=64,
+            image_dropout=0.3,
+            seed=seed_from(config.seed, "teacher") % 2**31,
+        )
     )
     steps.run("make the micro-world: labelled sentences, and real pairs to test on", make_world)
     candidates = steps.run("synthesize: chains of images and captions from each sentence", make_candidates)
@@ -198,6 +224,7 @@ def summary_from(result: DemoResult) -> dict[str, Any]:
         "bound_nats": result.selection.scores.bound_nats,
         "text_bound_nats": result.selection.scores.text_bound_nats,
         "label_entropy_nats": result.selection.scores.label_entropy_nats,
+        "cue_rates": result.cue_rates,
         "students": {
             student.name: {
                 "pairs": student.pairs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from mi2rage_benchmarks.demo import Student
 
 __all__ = ["LatencyRow", "f1_figure", "latency_figure", "links_figure", "scores_figure"]
-
-from dataclasses import dataclass
 
 _BLUE, _GREEN, _GREY, _INK = "#2f6fdb", "#1a7f4b", "#a8afbb", "#1d2330"
 
@@ -83,20 +82,21 @@ def scores_figure(added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> s
     return _svg(figure)
 
 
-def links_figure(links: NDArray[np.int_], added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> str:
-    """Mean added information, and share kept, by link of the chain."""
+def links_figure(links: NDArray[np.int_], kept: NDArray[np.bool_], cue_rates: Sequence[float]) -> str:
+    """Share kept, and share of pictures that show the deciding object, by link; the first rate is the real pictures'."""
     figure, axes = _axes(5.2, 3.2)
     numbers = np.unique(links)
-    means = [added_nats[links == link].mean() for link in numbers]
     shares = [100 * kept[links == link].mean() for link in numbers]
-    axes.bar(numbers, shares, color=_GREEN, alpha=0.25, width=0.6)
+    axes.bar(numbers, shares, color=_GREEN, alpha=0.3, width=0.6, label="kept")
+    axes.plot(
+        numbers, [100 * rate for rate in cue_rates[1:]], color=_INK, marker="o", label="shows the deciding object"
+    )
+    axes.axhline(100 * cue_rates[0], color=_BLUE, linestyle="--", label="the same, real pictures")
     axes.set_xticks(numbers)
+    axes.set_ylim(0, 118)
     axes.set_xlabel("link of the chain")
-    axes.set_ylabel("share kept, %", color=_GREEN)
-    twin = axes.twinx()
-    twin.spines[["top"]].set_visible(False)
-    twin.plot(numbers, means, color=_INK, marker="o")
-    twin.set_ylabel("mean added information, nats")
+    axes.set_ylabel("share of pictures, %")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
     return _svg(figure)
 
 

@@ -125,7 +125,7 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         figures={
             "f1": f1_figure(result.students),
             "scores": scores_figure(scores.added_nats, kept),
-            "links": links_figure(links, scores.added_nats, kept),
+            "links": links_figure(links, kept, result.cue_rates),
             "latency": latency_figure(latency),
         },
     )

@@ -2,8 +2,9 @@
 
 Text: any transformers encoder, the sentence carrying entity markers; the states at the markers before the head and
 the tail stand for the pair (Baldini Soares et al., *Matching the Blanks*, ACL 2019, "entity start"). Image: the patch
-states of a CLIP vision tower. Fusion: the pair attends to the patches, and the head sees pair, attended image and their
-product, which lets one cue mean different relations for different pairs. A missing image is a learnt vector.
+states of a CLIP vision tower. Fusion: the pair attends to the patches, to which the image as a whole is added (class
+state, mean and maximum of all states); the head sees pair, image and their product, which lets one cue mean different
+relations for different pairs. A missing image is a learnt vector.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class RelationModule(nn.Module):
         self.pair = nn.Linear(2 * text_config.hidden_size, width)
         self.keys = nn.Linear(image_config.hidden_size, width)
         self.values = nn.Linear(image_config.hidden_size, width)
+        self.summary = nn.Linear(3 * image_config.hidden_size, width)
         self.missing_image = nn.Parameter(torch.zeros(width))
         self.pair_norm = nn.LayerNorm(width)
         self.image_norm = nn.LayerNorm(width)
@@ -111,10 +113,13 @@ class RelationModule(nn.Module):
         return logits
 
     def _attend(self, pair: Tensor, patches: Tensor) -> Tensor:
-        """Multi-head attention of one query a row over its patches: (B, width), (B, P, image width) -> (B, width)."""
+        """What the pair sees in the image: (B, width), (B, P, image width) -> (B, width)."""
         keys, values = self._by_head(self.keys(patches)), self._by_head(self.values(patches))
         queries = self._by_head(pair.unsqueeze(1))
-        return nn.functional.scaled_dot_product_attention(queries, keys, values).squeeze(2).flatten(1)
+        attended = nn.functional.scaled_dot_product_attention(queries, keys, values).squeeze(2).flatten(1)
+        pooled = torch.cat((patches[:, 0], patches.mean(1), patches.amax(1)), -1)
+        seen: Tensor = attended + self.summary(pooled)
+        return seen
 
     def _by_head(self, states: Tensor) -> Tensor:
         """(B, P, width) -> (B, heads, P, width / heads)."""

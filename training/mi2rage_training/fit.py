@@ -48,7 +48,7 @@ class FitConfig:
     image_encoder: str = EMBEDDED
     width: int = 64
     heads: int = 4
-    dropout: float = 0.2
+    dropout: float = 0.3
     max_length: int = 64
     epochs: int = 12
     batch_size: int = 32

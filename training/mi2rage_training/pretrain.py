@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import InputError, require
 from mi2rage_rt.files import atomic_folder
-from mi2rage_training.microworld import Corpus
+from mi2rage_training.microworld import IMAGE_PX, Corpus
 from mi2rage_training.microworld import corpus as draw_corpus
 from mi2rage_training.microworld.probe import ATTRIBUTES, AttributeProbe
 from mi2rage_training.pretrain_captioner import pretrain_captioner, pretrain_text_encoder
@@ -22,9 +22,10 @@ from mi2rage_training.pretrain_card import write_card
 from mi2rage_training.pretrain_clip import pretrain_clip, write_preprocessor
 from mi2rage_training.pretrain_generator import new_scheduler, pretrain_unet
 from mi2rage_training.pretrain_loop import Budget, Log, batches, clip_pixels, fit
-from mi2rage_training.pretrain_measure import measure_models
+from mi2rage_training.pretrain_measure import GeneratorSetting, measure_models
 from mi2rage_training.pretrain_vae import vae_from_patches
 from mi2rage_training.pretrain_words import bert_tokenizer, clip_tokenizer, save_bert_tokenizer, save_clip_tokenizer
+from mi2rage_training.pytorch_models import SETTINGS_NAME
 
 __all__ = ["FULL", "PretrainSettings", "PretrainSummary", "measure_models", "pretrain"]
 
@@ -158,6 +159,9 @@ def _save_generator(folder: Path, tokenizer: Any, text_model: Any, vae: Any, une
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
     save_clip_tokenizer(tokenizer, folder / "tokenizer")
+    chosen = GeneratorSetting()
+    defaults = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale, "height": IMAGE_PX, "width": IMAGE_PX}
+    (folder / SETTINGS_NAME).write_text(json.dumps(defaults, indent=1) + "\n", encoding="utf-8")
 
 
 def _make_captioner_and_text_encoder(
