@@ -83,7 +83,7 @@ def scores_figure(added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> s
 
 
 def links_figure(links: NDArray[np.int_], kept: NDArray[np.bool_], cue_rates: Sequence[float]) -> str:
-    """Share kept, and share of pictures that show the deciding object, by link; the first rate is the real pictures'."""
+    """Share kept, and share that shows the deciding object, by link; the first rate is the real pictures'."""
     figure, axes = _axes(5.2, 3.2)
     numbers = np.unique(links)
     shares = [100 * kept[links == link].mean() for link in numbers]
