@@ -113,8 +113,9 @@ def _fit_student(
     fit = FitConfig(epochs=epochs, seed=seed_from(config.seed, "student") % 2**31)
     text_only = all(pair.image is None for pair in pairs)
     splits = {split: [Pair(pair.sample) for pair in rows] if text_only else rows for split, rows in real.items()}
-    labels = sorted({str(pair.sample.label) for pair in real["train"]}, key=lambda label: (label != "None", label))
-    fitted = fit_classifier(pairs, fit, validation=splits["validation"], labels=labels, description=f"train: {name}")
+    fitted = fit_classifier(
+        pairs, fit, validation=splits["validation"], labels=microworld.LABELS, description=f"train: {name}"
+    )
     folder.mkdir(parents=True)
     fitted.classifier.save(folder)
     return Student(name, explanation, len(pairs), evaluate_pairs(fitted.classifier, splits["test"]))
@@ -209,7 +210,10 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
         "bench against PyTorch",
         lambda: run_bench(bundle, classifier=classifier, generator="embedded", repeats=config.bench_repeats),
     )
-    result = DemoResult(config, out, world, candidates, selection, students, manifest, standalone, bench, steps.seconds)
+    cue_rates = _cue_rates(world, candidates, real["train"], config.links)
+    result = DemoResult(
+        config, out, world, candidates, selection, students, manifest, standalone, bench, steps.seconds, cue_rates
+    )
     with atomic_text(out / "demo.json") as file:
         json.dump(summary_from(result), file, indent=2)
     return result
