@@ -43,7 +43,8 @@ def _refuse_unsupported(generator: TorchGenerator) -> None:
     if getattr(pipeline.text_encoder.config, "use_attention_mask", False):
         raise ModelFolderError(f"{name}: its text encoder takes an attention mask; expected a CLIP text encoder")
     for option in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-        if unet.get(option) is not None:
+        # The addition "text" is pooled from the prompt's states inside the UNet: it needs no further input.
+        if unet.get(option) is not None and (option, unet[option]) != ("addition_embed_type", "text"):
             raise ModelFolderError(
                 f"{name}: its UNet has {option}={unet[option]!r}, an input the runtime does not give; "
                 "expected a Stable Diffusion 1 or 2 UNet; give another generator"
