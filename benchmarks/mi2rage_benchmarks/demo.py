@@ -47,12 +47,12 @@ class DemoConfig:
         seed: of everything.
     """
 
-    train: int = 1500
+    train: int = 1200
     validation: int = 300
     test: int = 600
     links: int = 3
     epochs: int = 12
-    teacher_epochs: int = 6
+    teacher_epochs: int = 5
     bench_repeats: int = 30
     seed: int = 0
 

@@ -12,7 +12,7 @@ __all__ = ["demo"]
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
-    train: Annotated[int, typer.Option(help="Labelled sentences.")] = 1500,
+    train: Annotated[int, typer.Option(help="Labelled sentences.")] = 1200,
     links: Annotated[int, typer.Option(help="Images made one after the other from each sentence.")] = 3,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")] = 0,
