@@ -132,6 +132,14 @@ def _candidate(row: dict[str, Any]) -> Candidate:
     return Candidate(sample, row["image"]["bytes"], row["prompt"], row["caption"], *scores)
 
 
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged ({error}); make the store again in another folder") from error
+    return settings
+
+
 class StoreWriter:
     """Writes a store shard by shard; what is written stays, and a second run with the same settings goes on.
 
@@ -148,7 +156,7 @@ class StoreWriter:
         self.settings = settings
         begun = folder / SETTINGS_NAME
         if begun.is_file():
-            self._check_settings(json.loads(begun.read_text(encoding="utf-8")))
+            self._check_settings(_settings_in(begun))
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is no store of candidates; give the name of a new folder")
         else:
