@@ -214,13 +214,15 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
     result = DemoResult(
         config, out, world, candidates, selection, students, manifest, standalone, bench, steps.seconds, cue_rates
     )
+    with atomic_text(out / "bench.json") as file:
+        file.write(bench.model_dump_json(indent=1) + "\n")
     with atomic_text(out / "demo.json") as file:
         json.dump(summary_from(result), file, indent=2)
     return result
 
 
 def summary_from(result: DemoResult) -> dict[str, Any]:
-    """The demo's numbers as JSON values; all but `seconds` and `latency` are the same in every run of a seed."""
+    """The demo's numbers as JSON values; all but `seconds` are the same in every run of a seed on one machine."""
     return {
         "config": dataclasses.asdict(result.config),
         "candidates": len(result.candidates),

@@ -15,7 +15,6 @@ from mi2rage_benchmarks.bench import BenchReport
 from mi2rage_benchmarks.demo import DemoResult
 from mi2rage_benchmarks.demo_figures import LatencyRow, f1_figure, latency_figure, links_figure, scores_figure
 from mi2rage_engines.errors import require
-from mi2rage_rt import __version__
 from mi2rage_rt.files import atomic_text
 from mi2rage_rt.samples import Sample
 from mi2rage_training.store import Candidate
@@ -120,7 +119,6 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         ],
         latency=latency,
         seconds=result.seconds,
-        version=__version__,
         environment=result.bench.environment,
         figures={
             "f1": f1_figure(result.students),
