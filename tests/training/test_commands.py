@@ -42,6 +42,8 @@ def test_the_line_from_text_to_an_evaluated_classifier(
     store, kept, folder = tmp_path / "candidates", tmp_path / "kept", tmp_path / "classifier"
     code, out, err = run(capsys, "synthesize", rows, store, "--links", 2, "--steps", 2, "--guidance", 1, "--json")
     assert (code, json.loads(out)["candidates"]) == (0, 48), err
+    code, _, err = run(capsys, "synthesize", rows, store, "--links", 2, "--steps", 4, "--guidance", 1)
+    assert (code, "models: was" in err) == (2, True), err
     code, out, err = run(capsys, "select", store, kept, "--folds", 2, "--epochs", 1, "--per-parent", 1, "--json")
     assert (code, json.loads(out)["kept"]) == (0, 24), err
     code, out, err = run(capsys, "train", kept, folder, "--epochs", 1, "--validation", rows, "--json")
@@ -97,6 +99,7 @@ def test_broken_mnre_rows_are_named_or_skipped(tmp_path: Path, capsys: pytest.Ca
         (["synthesize", "{tmp}/nothing.jsonl", "{tmp}/o"], "nothing.jsonl: cannot be read"),
         (["synthesize", "{tmp}/empty.jsonl", "{tmp}/o"], "no samples in it"),
         (["synthesize", "{rows}", "{tmp}/o", "--links", "0"], "links: came 0"),
+        (["synthesize", "{rows}", "{tmp}/o", "--limit", "0"], "--limit"),
         (["synthesize", "{rows}", "{tmp}/o", "--image-format", "gif"], "expected one of: png, jpeg"),
         (["synthesize", "{rows}", "{tmp}/o", "--generator", "{tmp}/nowhere"], "nowhere"),
         (["synthesize", "{rows}", "{tmp}/o", "--device", "abacus"], "not a torch device"),

@@ -91,7 +91,11 @@ def candidates_from_samples(
 
 
 def _settings(
-    samples: Sequence[Sample], config: ChainConfig, generator: TextToImage, captioner: ImageToText
+    samples: Sequence[Sample],
+    config: ChainConfig,
+    generator: TextToImage,
+    captioner: ImageToText,
+    models: dict[str, Any],
 ) -> dict[str, Any]:
     fingerprint = seed_from(*(json_from_sample(sample) for sample in samples))
     return {
@@ -99,6 +103,7 @@ def _settings(
         "chain": dataclasses.asdict(config),
         "generator": generator.name,
         "captioner": captioner.name,
+        "models": models,
         "samples": len(samples),
         "samples_fingerprint": f"{fingerprint:016x}",
     }
@@ -110,8 +115,13 @@ def synthesize(
     generator: TextToImage,
     captioner: ImageToText,
     config: ChainConfig,
+    models: dict[str, Any] | None = None,
 ) -> StoreManifest:
     """Make the candidates of every sample into the store `out`; goes on where an earlier run stopped.
+
+    Args:
+        models: what else decides the images, as JSON values (source, denoising steps, guidance scale, ...); kept in the
+            store's settings, so that an unfinished store is never gone on with by other means.
 
     Raises:
         DataError: a sample has no label.
@@ -120,7 +130,7 @@ def synthesize(
     for sample in samples:
         if sample.label is None:
             raise DataError(f"sample {sample.id}: has no label; the text setting needs labelled sentences")
-    writer = StoreWriter(out, _settings(samples, config, generator, captioner))
+    writer = StoreWriter(out, _settings(samples, config, generator, captioner, models or {}))
     starts = range(0, len(samples), config.shard_size)
     for index, start in enumerate(track(starts, "synthesize", total=len(starts))):
         if not writer.has(index):

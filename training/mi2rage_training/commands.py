@@ -38,7 +38,7 @@ def synthesize(
     width: Annotated[int, typer.Option(help="Independent chains a sentence.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N sentences.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N sentences.")] = None,
     shard_size: Annotated[int, typer.Option(help="Sentences a shard; the unit of commit and resume.")] = 32,
     image_format: Annotated[str, typer.Option(help="png (lossless) or jpeg.")] = "png",
     skip_bad: _SkipBad = False,
@@ -47,6 +47,8 @@ def synthesize(
     as_json: _Json = False,
 ) -> None:
     """Make images for labelled sentences by Chained Cross-modal Generation (text setting)."""
+    import dataclasses
+
     from mi2rage_rt.samples import BadRow, read_samples
     from mi2rage_training.chain import ChainConfig, ImageFormat
     from mi2rage_training.chain import synthesize as run
@@ -66,7 +68,8 @@ def synthesize(
     place = device_from(device)
     text_to_image = TorchGenerator.from_folder(generator, device=place, steps=steps, guidance_scale=guidance)
     image_to_text = TorchCaptioner.from_folder(captioner, device=place)
-    manifest = run(rows, out, text_to_image, image_to_text, config)
+    models = {"generator": generator, "captioner": captioner, **dataclasses.asdict(text_to_image.settings)}
+    manifest = run(rows, out, text_to_image, image_to_text, config, models)
     summary = {"store": str(out), "sentences": len(rows), "skipped_rows": len(bad_rows), "candidates": manifest.rows}
     _print(summary | {"shards": len(manifest.shards)}, as_json)
 
