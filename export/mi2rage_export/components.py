@@ -231,7 +231,7 @@ def classifier_graphs(classifier: LoadedClassifier) -> tuple[Graph, ...]:
     return (
         Graph(
             name="classifier/classifier",
-            module=wrappers.Classifier(module),
+            module=module,
             inputs=(
                 Input("input_ids", "int64", ("batch", "sequence"), below(vocabulary)),
                 Input("attention_mask", "int64", ("batch", "sequence"), padding_mask),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlipDecoder", "BlipVision", "Classifier", "TextEncoder", "UNet", "VaeDecoder"]
+__all__ = ["BlipDecoder", "BlipVision", "TextEncoder", "UNet", "VaeDecoder"]
 
 
 class TextEncoder(nn.Module):
@@ -136,23 +136,3 @@ class BlipDecoder(nn.Module):
         context = _attend(_split(attention.self.query(states), self.heads), keys, values, None)
         output: Tensor = attention.output(context, states)
         return output
-
-
-class Classifier(nn.Module):
-    """The relation classifier as it is; a class of its own so that every graph has one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        head_index: Tensor,
-        tail_index: Tensor,
-        pixel_values: Tensor,
-        image_mask: Tensor,
-    ) -> Tensor:
-        logits: Tensor = self.module(input_ids, attention_mask, head_index, tail_index, pixel_values, image_mask)
-        return logits
