@@ -73,6 +73,8 @@ class RuntimeCaptioner:
         prefixes: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         options: CaptionOptions | None = None,
+        *,
+        with_prefix: bool = True,
     ) -> list[str]:
         """Captions in the order of the images, each beginning with its prefix.
 
@@ -81,6 +83,7 @@ class RuntimeCaptioner:
             prefixes: one an image; by default none.
             seeds: one an image for nucleus sampling; None for greedy decoding.
             options: in place of those given at construction.
+            with_prefix: off leaves the prefix out of what is returned.
 
         Raises:
             DataError: the lists differ in length, or a prefix leaves no room.
@@ -108,7 +111,7 @@ class RuntimeCaptioner:
                     options,
                 )
                 for row, sequence in zip(batch, ids, strict=True):
-                    captions[row] = self._tokenizer.decode(sequence)
+                    captions[row] = self._tokenizer.decode(sequence if with_prefix else sequence[length - 1 :])
         return captions
 
     def prompt_ids(self, prefix: str) -> list[int]:

@@ -38,11 +38,13 @@ class ImageToText(Protocol):
         images: Sequence[Image],
         prefixes: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
+        *,
+        with_prefix: bool = True,
     ) -> list[str]:
-        """Captions in the order of the images, each beginning with its prefix.
+        """Captions in the order of the images, each beginning with its prefix, or (`with_prefix` off) what follows it.
 
-        Without seeds decoding is greedy; with them it is nucleus sampling, the draws of a row
-        keyed by its seed alone.
+        Without seeds decoding is greedy, or a beam search where the model is set to it; with them it is nucleus
+        sampling, the draws of a row keyed by its seed alone.
         """
         ...
 

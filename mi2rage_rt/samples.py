@@ -39,6 +39,7 @@ class Provenance:
         child: index among the siblings of one link.
         seed: 64-bit key of the noise that made the image.
         models: model names by role, e.g. `{"generator": ..., "captioner": ...}`.
+        made_from: id of what it was made from directly: the real sample, or another made one of the link before.
     """
 
     parent: str
@@ -46,6 +47,7 @@ class Provenance:
     child: int
     seed: int
     models: dict[str, str]
+    made_from: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

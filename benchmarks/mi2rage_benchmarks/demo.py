@@ -25,10 +25,11 @@ from mi2rage_training.fit import FitConfig, fit_classifier
 from mi2rage_training.metrics import RelationMetrics
 from mi2rage_training.microworld.probe import AttributeProbe
 from mi2rage_training.pairs import Pair, load_pairs, pairs_from_candidates
-from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+from mi2rage_training.pytorch_captioner import TorchCaptioner
+from mi2rage_training.pytorch_models import TorchGenerator
 from mi2rage_training.selection import Selection, SelectionConfig, select
 from mi2rage_training.store import Candidate, read_store
-from mi2rage_training.teacher import TeacherConfig
+from mi2rage_training.teacher import TeacherConfig, TeacherScores
 
 __all__ = ["DemoConfig", "DemoResult", "Student", "run_demo"]
 
@@ -88,6 +89,12 @@ class DemoResult:
     bench: BenchReport
     seconds: dict[str, float]
     cue_rates: tuple[float, ...]
+
+    @property
+    def scores(self) -> TeacherScores:
+        """The teachers' scores; the demo's policy always asks for them."""
+        assert self.selection.scores is not None
+        return self.selection.scores
 
 
 class _Steps:
@@ -176,7 +183,7 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
         generator = TorchGenerator.from_folder("embedded", device="cpu")
         captioner = TorchCaptioner.from_folder("embedded", device="cpu")
         chain = ChainConfig(links=config.links, seed=config.seed)
-        synthesize(read_samples(out / "sentences.jsonl"), store, generator, captioner, chain)
+        synthesize(load_pairs(out / "sentences.jsonl"), store, generator, captioner, chain)
         return tuple(read_store(store))
 
     teacher = TeacherConfig(
@@ -227,9 +234,9 @@ def summary_from(result: DemoResult) -> dict[str, Any]:
         "config": dataclasses.asdict(result.config),
         "candidates": len(result.candidates),
         "kept": int(result.selection.kept.sum()),
-        "bound_nats": result.selection.scores.bound_nats,
-        "text_bound_nats": result.selection.scores.text_bound_nats,
-        "label_entropy_nats": result.selection.scores.label_entropy_nats,
+        "bound_nats": result.scores.bound_nats,
+        "real_bound_nats": result.scores.real_bound_nats,
+        "label_entropy_nats": result.scores.label_entropy_nats,
         "cue_rates": result.cue_rates,
         "students": {
             student.name: {

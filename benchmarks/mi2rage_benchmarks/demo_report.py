@@ -60,7 +60,7 @@ def _chain(result: DemoResult, rows: list[int]) -> dict[str, Any]:
         return {
             "image": _data_uri(candidate.image),
             "caption": candidate.caption,
-            "added": float(result.selection.scores.added_nats[row]),
+            "added": float(result.scores.added_nats[row]),
             "kept": bool(result.selection.kept[row]),
         }
 
@@ -94,7 +94,7 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
     jinja2 = require("jinja2", "bench")
     source = resources.files("mi2rage_benchmarks").joinpath("templates/demo.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    scores, kept = result.selection.scores, result.selection.kept
+    scores, kept = result.scores, result.selection.kept
     links = np.array([candidate.provenance.link for candidate in result.candidates])
     latency = _latency_rows(result.bench)
     mi2rage = next(student for student in result.students if student.name == "MI2RAGE")
@@ -111,7 +111,7 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         chains=_chains(result),
         entropy=scores.label_entropy_nats,
         bound=scores.bound_nats,
-        text_bound=scores.text_bound_nats,
+        text_bound=scores.real_bound_nats,
         standalone=run,
         pictures=[
             {"image": _data_uri(file.read_bytes()), "prompt": prompt, "caption": caption}

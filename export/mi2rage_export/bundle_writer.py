@@ -16,7 +16,8 @@ from mi2rage_engines.errors import InputError, ModelFolderError, require
 from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec, GraphSpec, LatentSpec, TokenizerSpec
 from mi2rage_rt import progress
 from mi2rage_rt.files import atomic_folder
-from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+from mi2rage_training.pytorch_captioner import TorchCaptioner
+from mi2rage_training.pytorch_models import TorchGenerator
 from mi2rage_training.pytorch_sources import quiet_loading
 
 if TYPE_CHECKING:

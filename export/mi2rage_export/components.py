@@ -15,7 +15,8 @@ from mi2rage_export.graphs import Graph, Input, Sizes, below, in_sequence, norma
 
 if TYPE_CHECKING:
     from mi2rage_training.classifier_model import LoadedClassifier
-    from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
+    from mi2rage_training.pytorch_models import TorchGenerator
 
 __all__ = ["captioner_graphs", "classifier_graphs", "generator_graphs"]
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mi2rage_rt.generator import RuntimeGenerator
     from mi2rage_rt.protocols import Image
     from mi2rage_training.classifier_model import LoadedClassifier
-    from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
+    from mi2rage_training.pytorch_models import TorchGenerator
 
 __all__ = ["check_captioner", "check_classifier", "check_generator", "check_graph", "demand", "difference"]
 

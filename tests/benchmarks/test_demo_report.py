@@ -34,7 +34,8 @@ def result(tmp_path: Path) -> DemoResult:
     )
     (tmp_path / "0.png").write_bytes(image)
     added = np.linspace(-1, 1, len(rows))
-    scores = TeacherScores(added + 1, added, 1.25)
+    flat = np.ones(len(rows)), np.full((len(rows), 2), 0.5)
+    scores = TeacherScores(added + 1, added, 1.25, *flat, ("None", "a"), (1.0,), 0.1, 0.1)
     timing = Timing.from_samples([1.0, 2.0, 3.0], [9.0], 1)
     cell = BenchCell(
         name="classifier",

@@ -8,7 +8,8 @@ import pytest
 
 from mi2rage_engines.bundle import Manifest, open_manifest
 from mi2rage_training.classifier_model import LoadedClassifier, load_classifier
-from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator
+from mi2rage_training.pytorch_captioner import TorchCaptioner
+from mi2rage_training.pytorch_models import TorchGenerator
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ PIXELS = 24
 MAX_NEW_TOKENS = 12
 
 
-def build_captioner(folder: Path, *, seed: int = 0) -> Path:
+def build_captioner(folder: Path, *, seed: int = 0, positions: int = 32) -> Path:
     """Write a random captioner: 24 px images in patches of 8, two text layers."""
     import torch
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
@@ -30,7 +30,7 @@ def build_captioner(folder: Path, *, seed: int = 0) -> Path:
         projection_dim=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
         bos_token_id=vocabulary["[DEC]"],
         eos_token_id=vocabulary["[SEP]"],
         sep_token_id=vocabulary["[SEP]"],
@@ -71,7 +71,7 @@ def random_images(count: int, *, pixels: int = PIXELS, seed: int = 0) -> NDArray
 
 def check_captioner(folder: Path) -> None:
     """Captions must differ between images, hold several different words, and not all run to the limit."""
-    from mi2rage_training.pytorch_models import TorchCaptioner
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
 
     captioner = TorchCaptioner.from_folder(folder, device="cpu")
     ids = captioner.generate_ids(list(random_images(6)), [captioner.prompt_ids("")] * 6)

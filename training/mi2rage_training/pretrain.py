@@ -17,7 +17,7 @@ from mi2rage_rt.files import atomic_folder
 from mi2rage_training.microworld import IMAGE_PX, Corpus
 from mi2rage_training.microworld import corpus as draw_corpus
 from mi2rage_training.microworld.probe import ATTRIBUTES, AttributeProbe
-from mi2rage_training.pretrain_captioner import pretrain_captioner, pretrain_text_encoder
+from mi2rage_training.pretrain_captioner import pretrain_captioner, pretrain_text_encoder, slotted_posts
 from mi2rage_training.pretrain_card import write_card
 from mi2rage_training.pretrain_clip import pretrain_clip, write_preprocessor
 from mi2rage_training.pretrain_generator import new_scheduler, pretrain_unet
@@ -26,6 +26,7 @@ from mi2rage_training.pretrain_measure import GeneratorSetting, measure_models
 from mi2rage_training.pretrain_vae import vae_from_patches
 from mi2rage_training.pretrain_words import bert_tokenizer, clip_tokenizer, save_bert_tokenizer, save_clip_tokenizer
 from mi2rage_training.pytorch_models import SETTINGS_NAME
+from mi2rage_training.slots import POST_PREFIX
 
 __all__ = ["FULL", "PretrainSettings", "PretrainSummary", "measure_models", "pretrain"]
 
@@ -57,11 +58,11 @@ class PretrainSettings:
 
 
 FULL = PretrainSettings(
-    scenes=10_000,
+    scenes=30_000,
     clip=Budget(steps=1200, batch=128, rate=1e-3),
-    unet=Budget(steps=4500, batch=32, rate=1.5e-3),
-    captioner=Budget(steps=2500, batch=48, rate=1.5e-3),
-    text=Budget(steps=900, batch=64, rate=1.5e-3),
+    unet=Budget(steps=12_000, batch=64, rate=1.5e-3),
+    captioner=Budget(steps=4500, batch=48, rate=1.5e-3),
+    text=Budget(steps=3000, batch=64, rate=1.5e-3),
     probe=Budget(steps=900, batch=64, rate=2e-3),
 )
 """The pretraining of the committed models."""
@@ -92,7 +93,7 @@ def pretrain(
     Args:
         out: the folder to write, in the layout of `microworld.models_folder()`.
         seed: keys the corpus, the weights and every draw.
-        scale: times the steps (and, below 1, the scenes) of the full pretraining; 1 takes half an hour on 2 cores.
+        scale: times the steps (and, below 1, the scenes) of the full pretraining; 1 takes about an hour on one core.
         measure: measure the models once they are made and write `measured.json`.
         force: replace a folder that is there.
         settings: what `scale` multiplies.
@@ -167,11 +168,13 @@ def _save_generator(folder: Path, tokenizer: Any, text_model: Any, vae: Any, une
 def _make_captioner_and_text_encoder(
     folder: Path, corpus: Corpus, settings: PretrainSettings, seed: int, log: Log
 ) -> None:
-    tokenizer = bert_tokenizer([*corpus.texts, *corpus.captions])
+    tokenizer = bert_tokenizer([*corpus.texts, *corpus.captions, *slotted_posts(corpus)])
     captioner = pretrain_captioner(corpus, tokenizer, settings.captioner, seed, log)
     captioner.save_pretrained(folder / "captioner")
     save_bert_tokenizer(tokenizer, folder / "captioner")
     write_preprocessor(folder / "captioner", "BlipImageProcessor")
+    proposed = json.dumps({"text_prefixes": [POST_PREFIX]}, indent=1)
+    (folder / "captioner" / SETTINGS_NAME).write_text(proposed + "\n", encoding="utf-8")
     posts = [text for text, tweeted in zip(corpus.texts, corpus.is_tweet, strict=True) if tweeted]
     encoder = pretrain_text_encoder(posts, tokenizer, settings.text, seed, log)
     encoder.save_pretrained(folder / "text_encoder")

@@ -13,11 +13,13 @@ from mi2rage_rt.noise import seed_from
 from mi2rage_training.microworld import IMAGE_PX, Corpus
 from mi2rage_training.pretrain_loop import Budget, Log, batches, clip_pixels, fit
 from mi2rage_training.pretrain_words import MAX_WORDPIECES
+from mi2rage_training.slots import POST_PREFIX, with_slots
 
-__all__ = ["pretrain_captioner", "pretrain_text_encoder"]
+__all__ = ["pretrain_captioner", "pretrain_text_encoder", "slotted_posts"]
 
 _WIDTH = 64
-_CAPTION_TOKENS = 48
+_POST_SHARE = 0.6
+"""Share of the corpus' posts that the captioner learns to write as posts; it describes the pictures of the others."""
 _IGNORED = -100
 
 
@@ -61,37 +63,51 @@ def _new_captioner(tokenizer: Any) -> Any:
     settings = model.generation_config
     settings.bos_token_id, settings.eos_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
     settings.pad_token_id = tokenizer.pad_token_id
-    settings.do_sample, settings.num_beams, settings.max_new_tokens = False, 1, 24
+    settings.do_sample, settings.num_beams, settings.max_new_tokens = False, 1, 40
     return model
 
 
-def _prefixes(corpus: Corpus, seed: int) -> list[str]:
-    """For each row a prefix that its caption continues: mostly none, else names or BLIP's `a picture of`."""
+def slotted_posts(corpus: Corpus) -> list[str]:
+    """The corpus' posts with slots in place of their entities."""
+    return [" ".join(with_slots(tweet.tokens, tweet.head, tweet.tail)) for tweet in corpus.tweets if tweet is not None]
+
+
+def _prefixes_and_texts(corpus: Corpus, seed: int) -> list[tuple[str, str]]:
+    """For each picture a prefix and what follows it.
+
+    After no prefix (mostly), after names, or after BLIP's `a picture of` comes the plain caption; after `POST_PREFIX`
+    comes the picture's own post, with slots in place of the two entities.
+    """
     rng = keyed_rng(seed_from("pretrain-prefixes", seed))
     tweets = [tweet for tweet in corpus.tweets if tweet is not None]
-    prefixes = []
-    for draw in rng.random(len(corpus.texts)):
-        if draw >= 0.4 or not tweets:
-            prefixes.append("")
-        elif draw < 0.1:
-            prefixes.append("a picture of")
-        else:
-            tweet = tweets[int(rng.integers(len(tweets)))]
+    rows = []
+    for tweet, caption in zip(corpus.tweets, corpus.captions, strict=True):
+        draw = rng.random()
+        if tweet is not None and rng.random() < _POST_SHARE:
             head, tail = (" ".join(tweet.tokens[span.start : span.end]) for span in (tweet.head, tweet.tail))
+            post = " ".join(with_slots(tweet.tokens, tweet.head, tweet.tail))
+            rows.append((POST_PREFIX.format(head=head, tail=tail), post))
+        elif draw >= 0.4 or not tweets:
+            rows.append(("", caption))
+        elif draw < 0.1:
+            rows.append(("a picture of", caption))
+        else:
+            other = tweets[int(rng.integers(len(tweets)))]
+            head, tail = (" ".join(other.tokens[span.start : span.end]) for span in (other.head, other.tail))
             form = ("{} and {} :", "{} , {} :", "{} {}")[int(rng.integers(3))]
-            prefixes.append(form.format(head, tail))
-    return prefixes
+            rows.append((form.format(head, tail), caption))
+    return rows
 
 
 def _caption_rows(corpus: Corpus, tokenizer: Any, seed: int) -> tuple[Any, Any]:
     """Ids and labels, int64 `(N, L)`; a prefix is read, not learnt to be written."""
     import torch
 
-    ids = torch.full((len(corpus.texts), _CAPTION_TOKENS), tokenizer.pad_token_id)
+    ids = torch.full((len(corpus.texts), MAX_WORDPIECES), tokenizer.pad_token_id)
     labels = torch.full_like(ids, _IGNORED)
-    for row, (prefix, caption) in enumerate(zip(_prefixes(corpus, seed), corpus.captions, strict=True)):
+    for row, (prefix, text) in enumerate(_prefixes_and_texts(corpus, seed)):
         start = tokenizer(prefix).input_ids[:-1]
-        whole = (start + tokenizer(caption, add_special_tokens=False).input_ids)[: _CAPTION_TOKENS - 1]
+        whole = (start + tokenizer(text, add_special_tokens=False).input_ids)[: MAX_WORDPIECES - 1]
         whole.append(tokenizer.sep_token_id)
         ids[row, : len(whole)] = torch.tensor(whole)
         labels[row, len(start) : len(whole)] = torch.tensor(whole[len(start) :])
@@ -99,7 +115,7 @@ def _caption_rows(corpus: Corpus, tokenizer: Any, seed: int) -> tuple[Any, Any]:
 
 
 def pretrain_captioner(corpus: Corpus, tokenizer: Any, budget: Budget, seed: int, log: Log) -> Any:
-    """A `BlipForConditionalGeneration` of width 64 that continues a prefix (or nothing) with a plain caption."""
+    """A `BlipForConditionalGeneration` of width 64 that continues a prefix (or nothing) with a caption or a post."""
     import torch
     from torch.nn import functional as F
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mi2rage_engines.errors import ModelFolderError, require
+from mi2rage_engines.errors import DataError, ModelFolderError, require
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EMBEDDED", "default_device", "dtype_for", "loading", "quiet_loading", "resolve", "small_files"]
+__all__ = [
+    "EMBEDDED",
+    "default_device",
+    "dtype_for",
+    "loading",
+    "quiet_loading",
+    "resolve",
+    "same_length",
+    "small_files",
+]
 
 EMBEDDED = "embedded"
 """The name that stands for the package's own micro-world models."""
@@ -104,3 +113,13 @@ def small_files(source: str) -> Path:
         return Path(source)
     hub = require("huggingface_hub", "train")
     return Path(hub.snapshot_download(source, allow_patterns=["*.json", "*.txt"]))
+
+
+def same_length(first: str, a: Sequence[object], second: str, b: Sequence[object]) -> None:
+    """Refuse two lists of different lengths; `first` and `second` are what they hold.
+
+    Raises:
+        DataError: they differ in length.
+    """
+    if len(a) != len(b):
+        raise DataError(f"{len(a)} {first} but {len(b)} {second}; expected one of each for every row")
