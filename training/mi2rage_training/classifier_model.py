@@ -2,9 +2,23 @@
 
 Text: any transformers encoder, the sentence carrying entity markers; the states at the markers before the head and
 the tail stand for the pair (Baldini Soares et al., *Matching the Blanks*, ACL 2019, "entity start"). Image: the patch
-states of a CLIP vision tower. Fusion: the pair attends to the patches, to which the image as a whole is added (class
-state, mean and maximum of all states); the head sees pair, image and their product, which lets one cue mean different
-relations for different pairs. A missing image is a learnt vector.
+states of a vision tower of CLIP's family. A missing image is a learnt vector.
+
+Fusion: the pair attends to the patches, to which the image as a whole is added (first state, which is CLIP's class
+state, mean and maximum of all states); the head sees pair p, image v and their product p * v. Why so:
+
+- The same cue means different relations for different pairs: a ball beside two persons speaks for team mates, beside a
+  person and a club for membership. That is an interaction of p and v. A head on the concatenation (p, v) is a sum of
+  both before its first nonlinearity, and must make up products from it; given p * v, a linear function of the features
+  is bilinear in pair and image already (low-rank bilinear pooling: Kim et al., *Hadamard Product for Low-rank Bilinear
+  Pooling*, ICLR 2017, with the two projections being `pair` and `values`). p and v stand beside it so that what only
+  one of them says is not multiplied by noise of the other.
+- The pair asks with one query. Cross-attention of all words over all patches (LXMERT: Tan and Bansal, EMNLP 2019) takes
+  T times the products and brings several layers of new weights, to be fitted on some thousand pairs.
+- The text encoder never sees the image: a hidden or missing image leaves q(y | text) untouched, which the teacher's
+  added information needs, and patch states of a frozen tower can be computed once for all epochs.
+
+These are the reasons for the choice; the three were not measured against each other here.
 """
 
 from __future__ import annotations
@@ -62,7 +76,7 @@ class ClassifierConfig(BaseModel):
 
 
 class RelationModule(nn.Module):
-    """Fusion of a text encoder and a CLIP vision tower into relation logits.
+    """Fusion of a text encoder and a vision tower into relation logits.
 
     Args:
         text_encoder: gives `.last_hidden_state` (B, T, text width) for `input_ids`, `attention_mask`.
@@ -217,12 +231,9 @@ class LoadedClassifier:
 
 
 def _encoder_from_config(config: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    from transformers import AutoConfig, AutoModel
 
-    parsed = AutoConfig.for_model(**config)
-    module: nn.Module = (
-        CLIPVisionModel(parsed) if parsed.model_type == "clip_vision_model" else AutoModel.from_config(parsed)
-    )
+    module: nn.Module = AutoModel.from_config(AutoConfig.for_model(**config))
     return module
 
 

@@ -11,17 +11,18 @@ from mi2rage_engines.errors import DataError
 from mi2rage_rt.image_folder import find_image
 from mi2rage_rt.images import decode_image, load_image
 from mi2rage_rt.protocols import Image
-from mi2rage_rt.samples import Sample, read_samples
+from mi2rage_rt.samples import BadRow, Sample, Span, read_samples
 from mi2rage_training.store import Candidate, is_store, read_store
 
-__all__ = ["Modality", "Pair", "load_pairs", "pairs_from_candidates"]
+__all__ = ["Modality", "Pair", "load_pairs", "mentions_only", "pairs_from_candidates"]
 
 
 class Modality(StrEnum):
-    """What the classifier is shown."""
+    """What the classifier is shown: all, no image, or the image and of the sentence the two mentions alone."""
 
     BOTH = "both"
     TEXT = "text"
+    IMAGE = "image"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,32 +45,62 @@ class Pair:
         return load_image(self.image)
 
 
+def mentions_only(sample: Sample) -> Sample:
+    """The sample, its sentence reduced to the words of the head and, after them, of the tail.
+
+    Words that both mentions share stand in both.
+    """
+    head = sample.tokens[sample.head.start : sample.head.end]
+    tail = sample.tokens[sample.tail.start : sample.tail.end]
+    spans = Span(0, len(head)), Span(len(head), len(head) + len(tail))
+    return dataclasses.replace(sample, tokens=head + tail, head=spans[0], tail=spans[1])
+
+
 def pairs_from_candidates(candidates: Iterable[Candidate]) -> list[Pair]:
     """Pairs of made images and real sentences."""
     return [Pair(candidate.sample, candidate.image) for candidate in candidates]
 
 
 def load_pairs(
-    path: Path, *, images: Path | None = None, modality: Modality = Modality.BOTH, skip_bad: bool = False
+    path: Path,
+    *,
+    images: Path | None = None,
+    modality: Modality = Modality.BOTH,
+    skip_bad: bool = False,
+    bad_rows: list[BadRow] | None = None,
 ) -> list[Pair]:
     """Read a store of candidates, or a file of samples with the images it names.
 
     Args:
         path: a store folder, or a JSONL or MNRE file.
         images: the folder of the images; by default the file's own.
-        modality: with `text` no image is looked for.
+        modality: with `text` no image is looked for; with `image` sentences are reduced to their mentions.
         skip_bad: leave bad rows, and rows whose image is not there, out.
+        bad_rows: a list that the bad rows are appended to.
 
     Raises:
-        DataError: nothing to read, a bad row, or an image that is not there.
+        DataError: nothing to read, a bad row, an image that is not there, or `image` and no row has one.
     """
     if path.is_dir() and is_store(path):
         pairs = pairs_from_candidates(read_store(path))
-        return [Pair(pair.sample) for pair in pairs] if modality is Modality.TEXT else pairs
-    samples = read_samples(path, skip_bad=skip_bad)
-    if modality is Modality.TEXT:
-        return [Pair(sample) for sample in samples]
-    folder = images or path.parent
+        if modality is Modality.TEXT:
+            return [Pair(pair.sample) for pair in pairs]
+    elif modality is Modality.TEXT:
+        return [Pair(sample) for sample in read_samples(path, skip_bad=skip_bad, bad_rows=bad_rows)]
+    else:
+        pairs = _pairs_of_file(path, images or path.parent, skip_bad=skip_bad, bad_rows=bad_rows)
+    if modality is Modality.IMAGE:
+        if all(pair.image is None for pair in pairs):
+            raise DataError(
+                f"{path}: none of its {len(pairs)} rows has an image; expected some with --modality image; "
+                "pass --modality text"
+            )
+        return [Pair(mentions_only(pair.sample), pair.image) for pair in pairs]
+    return pairs
+
+
+def _pairs_of_file(path: Path, folder: Path, *, skip_bad: bool, bad_rows: list[BadRow] | None) -> list[Pair]:
+    samples = read_samples(path, skip_bad=skip_bad, bad_rows=bad_rows)
     pairs = []
     for sample in samples:
         try:
