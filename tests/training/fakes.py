@@ -46,11 +46,19 @@ class MeanCaptioner:
     name = "mean"
 
     def caption(
-        self, images: Sequence[Image], prefixes: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+        self,
+        images: Sequence[Image],
+        prefixes: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        with_prefix: bool = True,
     ) -> list[str]:
-        """One caption an image."""
-        assert seeds is not None
-        return [f"mean {image.mean():.0f} {seed % 2}" for image, seed in zip(images, seeds, strict=True)]
+        """One caption an image; without seeds the mean alone."""
+        draws = [""] * len(images) if seeds is None else [f" {seed % 1000}" for seed in seeds]
+        starts = [f"{prefix} " if prefix and with_prefix else "" for prefix in prefixes or [""] * len(images)]
+        return [
+            f"{start}mean {image.mean():.0f}{draw}" for start, image, draw in zip(starts, images, draws, strict=True)
+        ]
 
 
 def candidates(parents: int, links: int = 2) -> list[Candidate]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,24 +11,41 @@ import pytest
 from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, InputError
-from mi2rage_rt.images import decode_image
+from mi2rage_rt.images import decode_image, encode_image
+from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import Sample, Span
-from mi2rage_training.chain import ChainConfig, candidates_from_samples, synthesize
-from mi2rage_training.store import read_manifest, read_store
-from tests.training.fakes import MeanCaptioner, NoiseGenerator, samples
+from mi2rage_training.chain import ChainConfig, Decoding, Given, synthesize
+from mi2rage_training.chain_links import Links
+from mi2rage_training.pairs import Pair
+from mi2rage_training.slots import HEAD_SLOT, TAIL_SLOT, compose, with_slots
+from mi2rage_training.store import Candidate, read_manifest, read_store
+from tests.training.fakes import MeanCaptioner, NoiseGenerator
+from tests.training.fakes import samples as sentences
 
 CONFIG = ChainConfig(links=3, width=2, seed=5, shard_size=4)
 
 
+def samples(count: int) -> list[Pair]:
+    """Sentences without images."""
+    return [Pair(sample) for sample in sentences(count)]
+
+
+def made(pairs: Sequence[Pair], config: ChainConfig = CONFIG, **models: Any) -> list[Candidate]:
+    """The candidates of some real samples by the fake models."""
+    return Links(NoiseGenerator(), models.pop("captioner", MeanCaptioner()), config, **models).make(pairs)
+
+
 def test_each_link_is_made_from_the_caption_before() -> None:
-    rows = candidates_from_samples(samples(2), NoiseGenerator(), MeanCaptioner(), CONFIG)
+    rows = made(samples(2))
     assert len(rows) == 2 * 3 * 2
     for _, group in itertools.groupby(rows, key=lambda row: (row.provenance.parent, row.provenance.child)):
         first, second, third = group
         assert first.prompt == first.sample.text
         assert second.prompt == first.caption
         assert third.prompt == second.caption
-        assert third.caption is None
+        assert third.caption
+        assert first.provenance.made_from == first.provenance.parent
+        assert third.provenance.made_from == second.sample.id
         assert {row.sample.tokens for row in (first, second, third)} == {first.sample.tokens}
         assert [row.provenance.link for row in (first, second, third)] == [1, 2, 3]
     assert len({row.sample.id for row in rows}) == len(rows)
@@ -35,8 +53,8 @@ def test_each_link_is_made_from_the_caption_before() -> None:
 
 
 def test_a_child_does_not_depend_on_its_neighbours() -> None:
-    alone = candidates_from_samples(samples(9)[8:], NoiseGenerator(), MeanCaptioner(), CONFIG)
-    together = candidates_from_samples(samples(9), NoiseGenerator(), MeanCaptioner(), CONFIG)
+    alone = made(samples(9)[8:])
+    together = made(samples(9))
     assert alone == together[-len(alone) :]
 
 
@@ -80,7 +98,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_unlabelled_sentences_are_refused(tmp_path: Path) -> None:
-    bare = [Sample("s", ("a", "b"), Span(0, 1), Span(1, 2))]
+    bare = [Pair(Sample("s", ("a", "b"), Span(0, 1), Span(1, 2)))]
     with pytest.raises(DataError, match="no label"):
         synthesize(bare, tmp_path / "store", NoiseGenerator(), MeanCaptioner(), CONFIG)
     assert not (tmp_path / "store").exists()
@@ -107,3 +125,165 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
         ChainConfig(**{name: 0})
+
+
+class _Repeats(MeanCaptioner):
+    """Says the same of every image, unless it is asked again: then it draws."""
+
+    def __init__(self, *, stubborn: bool = False) -> None:
+        self.stubborn = stubborn
+        self.calls: list[int] = []
+
+    def caption(self, images: Sequence[Image], *args: Any, **kwargs: Any) -> list[str]:
+        self.calls.append(len(images))
+        if len(self.calls) == 1 or self.stubborn:
+            return ["a house"] * len(images)
+        return super().caption(images, *args, **kwargs)
+
+
+def test_captions_that_repeat_a_sibling_are_drawn_again() -> None:
+    captioner = _Repeats()
+    rows = made(samples(3), ChainConfig(links=1, width=3), captioner=captioner)
+    assert captioner.calls == [9, 6]  # the first of each three siblings keeps its caption
+    for _, group in itertools.groupby(rows, key=lambda row: row.provenance.parent):
+        captions = [row.caption for row in group]
+        assert captions[0] == "a house"
+        assert len(set(captions)) == 3
+
+
+@pytest.mark.parametrize(("drop", "left"), [(False, 9), (True, 3)])
+def test_captions_that_stay_the_same_are_kept_or_dropped(drop: bool, left: int) -> None:
+    captioner = _Repeats(stubborn=True)
+    rows = made(samples(3), ChainConfig(links=1, width=3, attempts=2, drop_duplicates=drop), captioner=captioner)
+    assert len(rows) == left
+    assert captioner.calls == [9, 6, 6]
+
+
+def test_a_dropped_child_has_no_children_and_its_place_starts_again() -> None:
+    config = ChainConfig(links=2, width=2, attempts=0, drop_duplicates=True)
+    rows = made(samples(1), config, captioner=_Repeats(stubborn=True))
+    assert [(row.provenance.link, row.provenance.child, row.prompt) for row in rows] == [
+        (1, 0, "Ana Lo0 meets Bo Tan !"),
+        (2, 0, "a house"),
+    ]
+
+
+@pytest.mark.parametrize("decoding", [Decoding.GREEDY, Decoding.BEAM])
+def test_greedy_and_beam_search_draw_nothing(decoding: Decoding) -> None:
+    rows = made(samples(2), ChainConfig(links=1, decoding=decoding))
+    assert all(row.caption == f"mean {decode_image(row.image).mean():.0f}" for row in rows)
+
+
+def test_templates_carry_mentions_and_label_words_along_the_chain() -> None:
+    config = ChainConfig(links=2, next_prompt="{head} {label} {tail} : {caption}", label_words={"None": "beside"})
+    first, second = made(samples(1), config)
+    assert second.prompt == f"Ana Lo0 beside Bo Tan : {first.caption}"
+    assert made(samples(3)[2:], config)[1].prompt.startswith("Ana Lo2 member of Bo Tan : ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"next_prompt": "{capton}"}, "unknown field 'capton'; expected some of {caption}"),
+        ({"first_prompt": "{caption}"}, "unknown field 'caption'"),
+        ({"next_prompt": "{caption"}, "expected a template"),
+        ({"given": Given.IMAGE, "prefixes": ("{head} :",)}, "both mentions"),
+        ({"attempts": -1}, "attempts"),
+        ({"sharpness": 0.0}, "sharpness"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ChainConfig(**settings)
+
+
+def pictures(count: int) -> list[Pair]:
+    """Sentences with an image of one grey each; the sentences are not to be looked at."""
+    grey = [np.full((8, 8, 3), 20 + i, np.uint8) for i in range(count)]
+    return [Pair(sample, encode_image(image)) for sample, image in zip(sentences(count), grey, strict=True)]
+
+
+IMAGE_CONFIG = ChainConfig(given=Given.IMAGE, links=3, width=2, prefixes=("{head} and {tail} :", "see {tail} , {head}"))
+
+
+def test_images_given_every_text_holds_both_mentions_and_the_real_image() -> None:
+    pairs = pictures(2)
+    rows = made(pairs, IMAGE_CONFIG)
+    assert len(rows) == 2 * 3 * 2
+    for row in rows:
+        sample = row.sample
+        assert sample.mention(sample.head) == f"Ana Lo{row.provenance.parent[1:]}"
+        assert sample.mention(sample.tail) == "Bo Tan"
+        assert row.image == pairs[int(row.provenance.parent[1:])].image
+        assert (row.via is None) == (row.provenance.link == 1)
+        assert row.made == "text"
+    assert [rows[i].sample.tokens[0] for i in range(4)] == ["Ana", "see", "Ana", "see"]  # prefixes in turn
+    assert len({row.sample.text for row in rows}) == len(rows)
+    assert rows[0].sample.text.startswith("Ana Lo0 and Bo Tan : mean 20 ")  # of the real image
+    assert rows[1].provenance.made_from == rows[0].sample.id
+
+
+class _Posts(MeanCaptioner):
+    """Writes slots, one of them too few the first time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def caption(self, images: Sequence[Image], *args: Any, **kwargs: Any) -> list[str]:
+        self.calls += 1
+        return [f"RT {TAIL_SLOT}" if self.calls == 1 else f"RT {TAIL_SLOT} thanks {HEAD_SLOT} {self.calls}"] * len(
+            images
+        )
+
+
+def test_slots_are_filled_and_a_text_that_lacks_a_mention_is_drawn_again() -> None:
+    captioner = _Posts()
+    (row,) = made(pictures(1), ChainConfig(given=Given.IMAGE, links=1), captioner=captioner)
+    assert row.sample.text == "RT Bo Tan thanks Ana Lo0 2"
+    assert (row.sample.head, row.sample.tail) == (Span(4, 6), Span(1, 3))
+    assert made(pictures(1), ChainConfig(given=Given.IMAGE, links=1, attempts=0), captioner=_Posts()) == []
+
+
+def test_slots_of_mentions_that_overlap() -> None:
+    assert with_slots(("a", "b", "c", "d"), Span(1, 2), Span(2, 4)) == ["a", HEAD_SLOT, TAIL_SLOT]
+    assert with_slots(("a", "b", "c"), Span(0, 2), Span(1, 3)) == [HEAD_SLOT, "c"]
+    assert compose("{head} and {tail}", "", sentences(1)[0]) is None
+
+
+def test_images_given_but_missing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="sample s0: has no image"):
+        synthesize(samples(2), tmp_path / "store", NoiseGenerator(), MeanCaptioner(), IMAGE_CONFIG)
+
+
+def test_a_store_of_made_texts_reads_back(tmp_path: Path) -> None:
+    synthesize(pictures(3), tmp_path / "store", NoiseGenerator(), MeanCaptioner(), IMAGE_CONFIG)
+    assert list(read_store(tmp_path / "store")) == made(pictures(3), IMAGE_CONFIG)
+
+
+class _Likes:
+    """A judge that wants children at even places."""
+
+    name = "likes"
+
+    def added_nats(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        return np.array([50.0 if row.provenance.child % 2 == 0 else -50.0 for row in candidates])
+
+
+class _Dislikes(_Likes):
+    def added_nats(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        return np.full(len(candidates), -50.0)
+
+
+def test_a_judge_gives_the_places_of_bad_children_to_good_siblings() -> None:
+    rows = made(samples(5), ChainConfig(links=2, width=4), judge=_Likes())
+    sources = [row.provenance.made_from for row in rows if row.provenance.link == 2]
+    assert len(sources) == 20
+    assert all(source is not None and source[-3:] in ("0.1", "2.1") for source in sources)
+    assert len(set(sources)) > 5
+    assert rows[0].provenance.models["judge"] == "likes"
+
+
+def test_where_no_child_is_good_the_chain_starts_again_from_the_sentence() -> None:
+    rows = made(samples(3), ChainConfig(links=2, width=2), judge=_Dislikes())
+    assert {row.provenance.made_from for row in rows} == {"s0", "s1", "s2"}
+    assert len({row.image for row in rows}) == len(rows)

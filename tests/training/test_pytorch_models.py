@@ -13,7 +13,8 @@ import torch
 from mi2rage_engines.errors import DataError, ModelFolderError
 from mi2rage_rt import noise
 from mi2rage_rt.protocols import ImageToText, TextToImage
-from mi2rage_training.pytorch_models import TorchCaptioner, TorchGenerator, resolve
+from mi2rage_training.pytorch_captioner import TorchCaptioner
+from mi2rage_training.pytorch_models import TorchGenerator, resolve
 from mi2rage_training.samplers import scheduler_noise
 from tests.models.tiny_captioner import random_images
 from tests.models.tiny_generator import build_generator

@@ -1,12 +1,9 @@
-"""Which candidates the student sees: the best by the teacher, within limits for each sentence and each label."""
+"""Which candidates the student sees: a policy's choice, within limits for each sentence and each label."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import defaultdict
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -16,102 +13,153 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.files import atomic_bytes
+from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings
+from mi2rage_training.policies import Decision, Policy, PolicyConfig, Table, decide, posterior_weights
 from mi2rage_training.store import Candidate, StoreManifest, StoreWriter, read_manifest, read_store
 from mi2rage_training.teacher import TeacherConfig, TeacherScores, score_candidates
 
-__all__ = ["Score", "Selection", "SelectionConfig", "choose", "select"]
+__all__ = ["SCORES_NAME", "Selection", "SelectionConfig", "select", "table_from_candidates"]
 
 SCORES_NAME = "scores.parquet"
 _SHARD_ROWS = 1024
-
-
-class Score(StrEnum):
-    """What candidates are ranked by."""
-
-    INFORMATION = "information"
-    ADDED = "added"
+_TAUGHT = (Policy.INFORMATION, Policy.ADDED, Policy.POSTERIOR)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SelectionConfig:
-    """What is kept.
+    """What is kept, and what that is decided by.
 
     Attributes:
-        score: `information` (log q(y | text, image) + H(Y)) or `added` (what the image adds to the sentence).
-        per_parent: the most candidates kept of one real sentence.
-        keep: share (0 to 1] of each label's candidates kept, after that limit; a quota by label, since otherwise the
-            rich labels win.
-        teacher: how the scores are made.
+        policy: the ranking and its limits.
+        teacher: how candidates are scored, where the policy asks for scores; its encoders also make the embeddings for
+            diversity, and the similarity of sentence and caption.
+        similarity_model: folder or hub id of a whole CLIP model, for the similarity of sentence and image; None
+            compares the sentence with the image's caption.
     """
 
-    score: Score = Score.ADDED
-    per_parent: int = 2
-    keep: float = 1.0
+    policy: PolicyConfig = dataclasses.field(default_factory=lambda: PolicyConfig(Policy.ADDED, per_parent=2))
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    similarity_model: str | None = None
 
     def __post_init__(self) -> None:
-        if self.per_parent < 1:
-            raise InputError(f"per-parent limit: came {self.per_parent}; expected 1 or more")
-        if not 0 < self.keep <= 1:
-            raise InputError(f"share to keep: came {self.keep}; expected more than 0 and at most 1")
+        if self.similarity_model is not None and self.policy.policy is not Policy.SIMILARITY:
+            raise InputError(
+                f"similarity model: came {self.similarity_model!r} with the policy {self.policy.policy.value}; "
+                f"expected it with {Policy.SIMILARITY.value} only; leave it out, or take that policy"
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Selection:
-    """What `select` did: the manifest of the kept candidates, all scores, and which were kept (bool (N,))."""
+    """What `select` did.
+
+    Attributes:
+        manifest: of the store of kept candidates.
+        scores: of all candidates, or None where the policy asks for no teacher.
+        kept: bool (N,).
+        reasons: why each was kept or dropped, one a candidate.
+        similarity: float64 (N,), or None where the policy asks for none.
+        weights: see `posterior_weights`, float64 (N,), or None without a teacher.
+    """
 
     manifest: StoreManifest
-    scores: TeacherScores
+    scores: TeacherScores | None
     kept: NDArray[np.bool_]
+    reasons: tuple[str, ...] = ()
+    similarity: NDArray[np.float64] | None = None
+    weights: NDArray[np.float64] | None = None
 
 
-def choose(candidates: Sequence[Candidate], ranking: NDArray[np.float64], config: SelectionConfig) -> NDArray[np.bool_]:
-    """Mark the candidates to keep; ties go to the earlier one.
+def table_from_candidates(
+    candidates: Sequence[Candidate],
+    *,
+    scores: TeacherScores | None = None,
+    similarity: NDArray[np.float64] | None = None,
+    embeddings: NDArray[np.float32] | None = None,
+) -> Table:
+    """What policies see of some candidates.
 
-    Args:
-        ranking: float64 (N,), higher is better.
-
-    Returns:
-        bool (N,); every label of the candidates keeps at least one.
+    Raises:
+        DataError: a candidate has no label.
     """
-    order = np.argsort(-ranking, kind="stable")
-    taken: dict[str, int] = defaultdict(int)
-    by_label: dict[str | None, list[int]] = defaultdict(list)
-    for row in order.tolist():
-        parent = candidates[row].provenance.parent
-        if taken[parent] < config.per_parent:
-            taken[parent] += 1
-            by_label[candidates[row].sample.label].append(row)
-    kept = np.zeros(len(candidates), bool)
-    for rows in by_label.values():
-        kept[rows[: math.ceil(config.keep * len(rows))]] = True
-    return kept
-
-
-def _write_scores(path: Path, candidates: Sequence[Candidate], scores: TeacherScores, kept: NDArray[np.bool_]) -> None:
-    table = pa.table(
-        {
-            "id": [candidate.sample.id for candidate in candidates],
-            "parent": [candidate.provenance.parent for candidate in candidates],
-            "link": pa.array([candidate.provenance.link for candidate in candidates], pa.int32()),
-            "label": [candidate.sample.label for candidate in candidates],
-            "information_nats": scores.information_nats,
-            "added_nats": scores.added_nats,
-            "kept": kept,
-        }
+    for candidate in candidates:
+        if candidate.sample.label is None:
+            raise DataError(
+                f"candidate {candidate.sample.id}: came without a label; expected one; make the store again"
+            )
+    return Table(
+        ids=np.array([candidate.sample.id for candidate in candidates]),
+        parents=np.array([candidate.provenance.parent for candidate in candidates]),
+        labels=np.array([str(candidate.sample.label) for candidate in candidates]),
+        links=np.array([candidate.provenance.link for candidate in candidates], np.int64),
+        information_nats=None if scores is None else scores.information_nats,
+        added_nats=None if scores is None else scores.added_nats,
+        similarity=similarity,
+        embeddings=embeddings,
     )
+
+
+def _table(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[Table, TeacherScores | None]:
+    """Computes what the policy asks for, and nothing else."""
+    policy, fit, device = config.policy, config.teacher.fit, config.teacher.device
+    scores = similarity = embeddings = None
+    if policy.policy is Policy.SIMILARITY and config.similarity_model is not None:
+        similarity = clip_similarity(candidates, config.similarity_model, device)
+    elif policy.policy is Policy.SIMILARITY:
+        similarity = caption_similarity(candidates, fit.text_encoder, fit.max_length, device)
+    if policy.policy in _TAUGHT:
+        scores = score_candidates(candidates, config.teacher)
+    if policy.covers:
+        embeddings = made_embeddings(candidates, fit, device)
+    table = table_from_candidates(candidates, scores=scores, similarity=similarity, embeddings=embeddings)
+    return table, scores
+
+
+def _write_scores(
+    path: Path,
+    candidates: Sequence[Candidate],
+    table: Table,
+    decision: Decision,
+    weights: NDArray[np.float64] | None,
+) -> None:
+    optional = {
+        "information_nats": table.information_nats,
+        "added_nats": table.added_nats,
+        "similarity": table.similarity,
+        "weight": weights,
+    }
+    nothing = pa.nulls(len(candidates), pa.float64())
+    columns = {
+        "id": table.ids,
+        "parent": table.parents,
+        "link": pa.array(table.links, pa.int32()),
+        "child": pa.array([candidate.provenance.child for candidate in candidates], pa.int32()),
+        "label": table.labels,
+        **{name: nothing if values is None else values for name, values in optional.items()},
+        "kept": decision.kept,
+        "reason": list(decision.reasons),
+    }
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
     atomic_bytes(path, buffer.getvalue().to_pybytes())
 
 
-def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
-    """Score the candidates of `store` and write the kept ones, with their scores, as the store `out`.
+def _scored(candidate: Candidate, scores: TeacherScores | None, row: int) -> Candidate:
+    if scores is None:
+        return candidate
+    information, added = float(scores.information_nats[row]), float(scores.added_nats[row])
+    return dataclasses.replace(candidate, information_nats=information, added_nats=added)
 
-    `out/scores.parquet` has a row for every candidate: id, parent, link, label, both scores in nats, kept or not.
+
+def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
+    """Decide on the candidates of `store` and write the kept ones, with their scores, as the store `out`.
+
+    `out/scores.parquet` has a row for every candidate: id, parent, link, child, label, both scores in nats, similarity
+    and posterior weight (each null where the policy asked for none), kept or not, and the reason.
 
     Raises:
-        DataError: `store` is empty, unfinished or damaged, or has too few sentences for the folds.
+        DataError: `store` is empty, unfinished or damaged, or lacks what the policy needs (sentences enough for the
+            folds, captions).
         InputError: `out` holds something else.
     """
     source = read_manifest(store)
@@ -124,19 +172,13 @@ def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
         "config": dataclasses.asdict(config),
     }
     writer = StoreWriter(out, settings)
-    scores = score_candidates(candidates, config.teacher)
-    ranking = scores.added_nats if config.score is Score.ADDED else scores.information_nats
-    kept = choose(candidates, ranking, config)
-    rows = [
-        dataclasses.replace(
-            candidates[row],
-            information_nats=float(scores.information_nats[row]),
-            added_nats=float(scores.added_nats[row]),
-        )
-        for row in np.flatnonzero(kept)
-    ]
+    table, scores = _table(candidates, config)
+    decision = decide(table, config.policy)
+    rows = [_scored(candidates[row], scores, row) for row in np.flatnonzero(decision.kept).tolist()]
     starts = range(0, len(rows), _SHARD_ROWS)
     for index, start in enumerate(starts):
         writer.write(index, rows[start : start + _SHARD_ROWS])
-    _write_scores(out / SCORES_NAME, candidates, scores, kept)
-    return Selection(writer.finish(len(starts)), scores, kept)
+    weights = None if scores is None else posterior_weights(table)
+    _write_scores(out / SCORES_NAME, candidates, table, decision, weights)
+    manifest = writer.finish(len(starts))
+    return Selection(manifest, scores, decision.kept, decision.reasons, table.similarity, weights)

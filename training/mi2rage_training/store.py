@@ -1,8 +1,10 @@
 """The store of synthetic pairs: Parquet shards with the images as encoded bytes, and one manifest.
 
 Columns: `id`, `tokens`, `text`, `head`, `tail` (token offsets), `label`, `image` (struct of `bytes` and `path`, as the
-Image feature of Hugging Face `datasets` has it), `prompt` (what the image was made from), `caption` (what the captioner
-saw in it), `parent`, `link`, `child`, `seed`, `models` (JSON), and, once scored, `information_nats`, `added_nats`.
+Image feature of Hugging Face `datasets` has it), `made` (`image` or `text`: which of the two is not real), `prompt`
+(what it was made from), `caption` (what the captioner wrote), `via` (the made image that a text of a later link
+describes), `parent` (the real sample), `made_from` (the candidate or real sample right before), `link`, `child`,
+`seed`, `models` (JSON), and, once scored, `information_nats`, `added_nats`, and the training `weight`.
 A shard is the unit of commit and resume; `manifest.json` is written last, so a store without it is unfinished.
 """
 
@@ -26,7 +28,7 @@ from mi2rage_rt.samples import Provenance, Sample, Span
 
 __all__ = ["Candidate", "StoreManifest", "StoreWriter", "is_store", "read_manifest", "read_store"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SETTINGS_NAME = "settings.json"
 
@@ -39,15 +41,19 @@ _SCHEMA = pa.schema(
         ("tail", pa.list_(pa.int32())),
         ("label", pa.string()),
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("made", pa.string()),
         ("prompt", pa.string()),
         ("caption", pa.string()),
+        ("via", pa.binary()),
         ("parent", pa.string()),
+        ("made_from", pa.string()),
         ("link", pa.int32()),
         ("child", pa.int32()),
         ("seed", pa.int64()),
         ("models", pa.string()),
         ("information_nats", pa.float64()),
         ("added_nats", pa.float64()),
+        ("weight", pa.float64()),
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
@@ -55,22 +61,28 @@ _SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """A real sentence with a made image, and how it came about.
+    """A real sentence with a made image, or a made sentence with a real image, and how it came about.
 
     Attributes:
         sample: with provenance; its `image` is the file name inside the store.
-        image: the encoded image (PNG or JPEG).
-        prompt: what the image was made from: the sentence itself at link 1, the caption before at later links.
-        caption: of the image, or None at the last link of a chain.
+        image: the encoded image (PNG, JPEG, ...).
+        prompt: what the image was drawn from, or the prefix of the text.
+        caption: what the captioner saw in the made image; for a made text the text itself.
+        made: `image` or `text`.
+        via: the encoded image that a text of link 2 or later describes, else None.
         information_nats, added_nats: the teacher's scores, once there are any (see `teacher`).
+        weight: of the candidate in training, once there is any; its mean over the siblings is 1.
     """
 
     sample: Sample
     image: bytes
     prompt: str
     caption: str | None = None
+    made: str = "image"
+    via: bytes | None = None
     information_nats: float | None = None
     added_nats: float | None = None
+    weight: float | None = None
 
     @property
     def provenance(self) -> Provenance:
@@ -105,20 +117,26 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "tail": [sample.tail.start, sample.tail.end],
         "label": sample.label,
         "image": {"bytes": candidate.image, "path": sample.image},
+        "made": candidate.made,
         "prompt": candidate.prompt,
         "caption": candidate.caption,
+        "via": candidate.via,
         "parent": origin.parent,
+        "made_from": origin.made_from,
         "link": origin.link,
         "child": origin.child,
         "seed": origin.seed,
         "models": json.dumps(origin.models, sort_keys=True),
         "information_nats": candidate.information_nats,
         "added_nats": candidate.added_nats,
+        "weight": candidate.weight,
     }
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    provenance = Provenance(row["parent"], row["link"], row["child"], row["seed"], json.loads(row["models"]))
+    provenance = Provenance(
+        row["parent"], row["link"], row["child"], row["seed"], json.loads(row["models"]), row["made_from"]
+    )
     sample = Sample(
         id=row["id"],
         tokens=tuple(row["tokens"]),
@@ -128,8 +146,17 @@ def _candidate(row: dict[str, Any]) -> Candidate:
         image=row["image"]["path"],
         provenance=provenance,
     )
-    scores = (row["information_nats"], row["added_nats"])
-    return Candidate(sample, row["image"]["bytes"], row["prompt"], row["caption"], *scores)
+    return Candidate(
+        sample,
+        row["image"]["bytes"],
+        row["prompt"],
+        row["caption"],
+        made=row["made"],
+        via=row["via"],
+        information_nats=row["information_nats"],
+        added_nats=row["added_nats"],
+        weight=row["weight"],
+    )
 
 
 def _settings_in(path: Path) -> dict[str, Any]:
@@ -218,11 +245,17 @@ def read_manifest(folder: Path) -> StoreManifest:
         )
         raise DataError(f"{folder}: {state}; expected a folder written by 'mi2rage-rt synthesize' or 'select'")
     try:
-        return StoreManifest.model_validate_json(path.read_text(encoding="utf-8"))
+        manifest = StoreManifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise DataError(f"{path}: is damaged ({first_problem(error)}); make the store again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is damaged ({error.reason}); make the store again") from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise DataError(
+            f"{folder}: is a store of schema version {manifest.schema_version}; expected {SCHEMA_VERSION}; make it "
+            "again with this version of mi2rage-rt"
+        )
+    return manifest
 
 
 def read_store(folder: Path) -> Iterator[Candidate]:

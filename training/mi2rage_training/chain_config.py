@@ -1,0 +1,143 @@
+"""What a run of Chained Cross-modal Generation is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from mi2rage_engines.errors import InputError
+from mi2rage_rt.samples import Sample
+
+__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "fill", "label_words"]
+
+_PROMPT_FIELDS = ("sentence", "head", "tail", "label", "caption")
+_PREFIX_FIELDS = ("head", "tail", "label")
+DEFAULT_TEXT_PREFIXES = (
+    "{head} and {tail} :",
+    "{head} , {tail} :",
+    "{head} with {tail} ,",
+    "a photo of {head} and {tail} ,",
+)
+
+
+class Given(StrEnum):
+    """The modality that the labelled data have; the chain makes the other one."""
+
+    TEXT = "text"
+    IMAGE = "image"
+
+
+class Decoding(StrEnum):
+    """How a caption is decoded the first time; one that repeats a sibling's is drawn again from the nucleus."""
+
+    GREEDY = "greedy"
+    NUCLEUS = "nucleus"
+    BEAM = "beam"
+
+
+class ImageFormat(StrEnum):
+    """How images are encoded in the store: `png` keeps every pixel, `jpeg` is smaller and faster."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChainConfig:
+    """How long and how wide the chains are, and what they are made with.
+
+    Attributes:
+        given: `text` makes images, `image` makes texts.
+        links: samples made one after the other, 1 or more (1 is direct generation).
+        width: children a real sample has at every link, 1 or more.
+        seed: of the whole run.
+        shard_size: real samples a shard; part of the settings, since a batch's shape can change its last bits.
+        image_format: of made images in the store.
+        first_prompt, next_prompt: templates of what the generator draws, of `{sentence}`, `{head}`, `{tail}`,
+            `{label}` (in words) and, at later links, `{caption}`.
+        prefixes: templates that captions begin with, of `{head}`, `{tail}`, `{label}`; siblings take turns. Empty is
+            no prefix where text is given and `DEFAULT_TEXT_PREFIXES` where images are.
+        label_words: words for labels in templates; by default those of the label's last part.
+        decoding: of captions.
+        attempts: how often a caption that a sibling has already, or that lacks a mention, is drawn again.
+        drop_duplicates: leave out a child whose caption a sibling still has after that, and all that would come of it.
+        sharpness: power of the judge's likelihood where there is a judge, see `judge`; 1 is the posterior.
+    """
+
+    given: Given = Given.TEXT
+    links: int = 3
+    width: int = 1
+    seed: int = 0
+    shard_size: int = 32
+    image_format: ImageFormat = ImageFormat.PNG
+    first_prompt: str = "{sentence}"
+    next_prompt: str = "{caption}"
+    prefixes: tuple[str, ...] = ()
+    label_words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    decoding: Decoding = Decoding.NUCLEUS
+    attempts: int = 3
+    drop_duplicates: bool = False
+    sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("links", "width", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: came {getattr(self, name)}; expected 1 or more")
+        if self.attempts < 0:
+            raise InputError(f"attempts: came {self.attempts}; expected 0 (never again) or more")
+        if self.sharpness <= 0:
+            raise InputError(f"sharpness: came {self.sharpness}; expected a number above 0; 1 is the posterior")
+        _check_template("first prompt", self.first_prompt, tuple(set(_PROMPT_FIELDS) - {"caption"}))
+        _check_template("next prompt", self.next_prompt, _PROMPT_FIELDS)
+        for prefix in self.prefixes:
+            fields = _check_template("prefix", prefix, _PREFIX_FIELDS)
+            words = prefix.split()
+            if self.given is Given.IMAGE and not (words.count("{head}") == words.count("{tail}") == 1):
+                raise InputError(
+                    f"prefix {prefix!r}: names {sorted(fields) or 'neither mention'}; expected {{head}} and {{tail}} "
+                    "once each, set off by spaces, since every made text must hold both mentions"
+                )
+
+    @property
+    def used_prefixes(self) -> tuple[str, ...]:
+        """The prefixes that siblings take turns in."""
+        return self.prefixes or (DEFAULT_TEXT_PREFIXES if self.given is Given.IMAGE else ("",))
+
+    def described(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dataclasses.asdict(self) | {"prefixes": list(self.prefixes), "label_words": dict(self.label_words)}
+
+
+def _check_template(subject: str, template: str, allowed: tuple[str, ...]) -> set[str]:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise InputError(f"{subject} {template!r}: {error}; expected a template of {_listed(allowed)}") from error
+    if unknown := sorted(fields - set(allowed)):
+        raise InputError(f"{subject} {template!r}: unknown field {unknown[0]!r}; expected some of {_listed(allowed)}")
+    return fields
+
+
+def _listed(fields: tuple[str, ...]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(fields))
+
+
+def label_words(label: str | None, words: Mapping[str, str]) -> str:
+    """What a label is called in a template: `/per/org/member_of` is `member of` unless `words` says otherwise."""
+    if label is None:
+        return ""
+    return words.get(label, label.rsplit("/", 1)[-1].replace("_", " "))
+
+
+def fill(template: str, sample: Sample, words: Mapping[str, str], caption: str = "") -> str:
+    """A template with a sample's words in place of its fields."""
+    return template.format(
+        sentence=sample.text,
+        head=sample.mention(sample.head),
+        tail=sample.mention(sample.tail),
+        label=label_words(sample.label, words),
+        caption=caption,
+    )

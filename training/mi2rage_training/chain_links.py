@@ -1,0 +1,240 @@
+"""The links of the chains: what is made from what, for the real samples of one shard.
+
+Text given: sentence T0 -> image I1 -> caption C1 -> image I2 -> ...; each (T0, Ik) is a candidate with T0's label.
+Image given: image I0 with its entity pair -> text T1 -> image -> text T2 -> ...; each (Tk, I0) is a candidate.
+All places of a link run in one batch; the noise of a child is keyed by (run seed, sample id, link, child) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mi2rage_engines.errors import DataError
+from mi2rage_rt.images import encode_image
+from mi2rage_rt.noise import rng, seed_from
+from mi2rage_rt.protocols import Image, ImageToText, TextToImage
+from mi2rage_rt.samples import Provenance, Sample
+from mi2rage_training.chain_captions import Request, Written, write_captions
+from mi2rage_training.chain_config import ChainConfig, Given, fill, label_words
+from mi2rage_training.judge import Judge
+from mi2rage_training.pairs import Pair
+from mi2rage_training.slots import compose
+from mi2rage_training.store import Candidate
+
+__all__ = ["Links"]
+
+
+@dataclasses.dataclass(slots=True)
+class _Place:
+    """Where a child is made at each link: a real sample's, one of `width`.
+
+    Attributes:
+        source: id of what the next child is made from: a candidate, or the real sample.
+        caption: what the next link's image is drawn from; None at the start of a chain.
+    """
+
+    pair: Pair
+    child: int
+    source: str
+    caption: str | None = None
+
+    @property
+    def sample(self) -> Sample:
+        return self.pair.sample
+
+    def start_again(self) -> None:
+        """Let the next child be made from the real sample."""
+        self.source, self.caption = self.sample.id, None
+
+    def follow(self, candidate: Candidate) -> None:
+        """Let the next child be made from `candidate`."""
+        self.source, self.caption = candidate.sample.id, candidate.caption
+
+
+class Links:
+    """Makes the candidates of some real samples.
+
+    Args:
+        generator, captioner: the models.
+        config: of the chains.
+        judge: scores children before they have children of their own, see `judge`; None lets every child have one.
+    """
+
+    def __init__(
+        self, generator: TextToImage, captioner: ImageToText, config: ChainConfig, judge: Judge | None = None
+    ) -> None:
+        self.generator = generator
+        self.captioner = captioner
+        self.config = config
+        self.judge = judge
+        self.models = {"generator": generator.name, "captioner": captioner.name}
+        if judge is not None:
+            self.models["judge"] = judge.name
+
+    def make(self, pairs: Sequence[Pair]) -> list[Candidate]:
+        """At most `links * width` candidates for each real sample, ordered by sample, child and link.
+
+        Args:
+            pairs: the real samples; with their images where images are given.
+
+        Raises:
+            DataError: images are given, and a sample has none.
+        """
+        places = [_Place(pair, child, pair.sample.id) for pair in pairs for child in range(self.config.width)]
+        chains: list[list[Candidate]] = [[] for _ in places]
+        given = {pair.sample.id: _image_of(pair) for pair in pairs} if self.config.given is Given.IMAGE else {}
+        seen: dict[str, set[str]] = {}
+        for link in range(1, self.config.links + 1):
+            children = self._make_texts(places, link, given, seen) if given else self._make_images(places, link)
+            for chain, child in zip(chains, children, strict=True):
+                if child is not None:
+                    chain.append(child)
+            if link < self.config.links:
+                self._choose_sources(places, children, link)
+        return [candidate for chain in chains for candidate in chain]
+
+    def _make_images(self, places: Sequence[_Place], link: int) -> list[Candidate | None]:
+        """Text given: an image for each place, and its caption."""
+        seeds, prompts = self._image_seeds(places, link), [self._prompt(place) for place in places]
+        images = self.generator.generate(prompts, seeds)
+        requests = [
+            self._request(place, link, image, self._prefix(place, link))
+            for place, image in zip(places, images, strict=True)
+        ]
+        written = write_captions(self.captioner, requests, self.config, {})
+        children: list[Candidate | None] = []
+        for row, (place, found) in enumerate(zip(places, written, strict=True)):
+            if found is None:
+                children.append(None)
+                continue
+            sample = self._named(place, link, seeds[row])
+            sample = dataclasses.replace(sample, image=f"{sample.id.replace('/', '-')}.{self.config.image_format}")
+            caption = f"{requests[row].prefix} {found.text}".strip()
+            children.append(Candidate(sample, self._encoded(images[row]), prompts[row], caption or prompts[row]))
+        return children
+
+    def _make_texts(
+        self, places: Sequence[_Place], link: int, given: dict[str, Image], seen: dict[str, set[str]]
+    ) -> list[Candidate | None]:
+        """Image given: a text for each place, of the real image or of one drawn from the text before."""
+        shown = [given[place.sample.id] for place in places]
+        drawn = [row for row, place in enumerate(places) if place.caption is not None]
+        if drawn:
+            again = [places[row] for row in drawn]
+            images = self.generator.generate([self._prompt(place) for place in again], self._image_seeds(again, link))
+            for row, image in zip(drawn, images, strict=True):
+                shown[row] = image
+        prefixes = [self._prefix(place, link) for place in places]
+        requests = [
+            self._request(place, link, image, prefix)
+            for place, image, prefix in zip(places, shown, prefixes, strict=True)
+        ]
+        written = write_captions(self.captioner, requests, self.config, seen)
+        vias = [
+            self._encoded(image) if place.caption is not None else None
+            for place, image in zip(places, shown, strict=True)
+        ]
+        return [
+            None if found is None else self._text_candidate(place, link, prefix, found, via)
+            for place, prefix, found, via in zip(places, prefixes, written, vias, strict=True)
+        ]
+
+    def _text_candidate(self, place: _Place, link: int, prefix: str, written: Written, via: bytes | None) -> Candidate:
+        composed = compose(prefix, written.words, place.sample)
+        assert composed is not None  # `write_captions` gives up what cannot be composed
+        tokens, head, tail = composed
+        sample = dataclasses.replace(self._named(place, link, written.seed), tokens=tokens, head=head, tail=tail)
+        return Candidate(
+            sample,
+            _bytes_of(place.pair),
+            fill(prefix, place.sample, self.config.label_words),
+            written.text,
+            made=Given.TEXT.value,
+            via=via,
+        )
+
+    def _request(self, place: _Place, link: int, image: Image, prefix: str) -> Request:
+        """The caption of a place's image; where images are given, siblings are those of every link."""
+        texts = self.config.given is Given.IMAGE
+
+        def seed_of(attempt: int) -> int:
+            again = (attempt,) if attempt else ()
+            return seed_from(self.config.seed, place.sample.id, link, place.child, "caption", *again)
+
+        def text_of(words: str) -> str | None:
+            if not texts:
+                return words
+            composed = compose(prefix, words, place.sample)
+            return None if composed is None else " ".join(composed[0])
+
+        return Request(image, fill(prefix, place.sample, self.config.label_words), place.sample.id, seed_of, text_of)
+
+    def _prefix(self, place: _Place, link: int) -> str:
+        """The place's prefix, as a template of `{head}` and `{tail}`; siblings and links take turns."""
+        prefixes = self.config.used_prefixes
+        words = label_words(place.sample.label, self.config.label_words)
+        return prefixes[(place.child + link - 1) % len(prefixes)].replace("{label}", words)
+
+    def _prompt(self, place: _Place) -> str:
+        config = self.config
+        if place.caption is None:
+            return fill(config.first_prompt, place.sample, config.label_words)
+        return fill(config.next_prompt, place.sample, config.label_words, place.caption)
+
+    def _image_seeds(self, places: Sequence[_Place], link: int) -> list[int]:
+        return [seed_from(self.config.seed, place.sample.id, link, place.child, "image") for place in places]
+
+    def _named(self, place: _Place, link: int, seed: int) -> Sample:
+        origin = Provenance(place.sample.id, link, place.child, seed, self.models, place.source)
+        return dataclasses.replace(place.sample, id=f"{place.sample.id}/{place.child}.{link}", provenance=origin)
+
+    def _encoded(self, image: Image) -> bytes:
+        return encode_image(image, self.config.image_format.value)
+
+    def _choose_sources(self, places: Sequence[_Place], children: Sequence[Candidate | None], link: int) -> None:
+        """Decide what each place's next child is made from.
+
+        Without a judge it is the place's own child. With one, the places of a real sample draw among its children with
+        weights exp(sharpness * added information), and a fresh start from the real sample with weight 1, which is what
+        a fresh child's weight is in expectation: E[q(y | both) / q(y | real)] = 1 over p(made | real).
+        """
+        alive = [child for child in children if child is not None]
+        if self.judge is None or not alive:
+            for place, child in zip(places, children, strict=True):
+                if child is None:
+                    place.start_again()
+                else:
+                    place.follow(child)
+            return
+        added = dict(zip((child.sample.id for child in alive), self.judge.added_nats(alive), strict=True))
+        siblings: dict[str, list[Candidate]] = {}
+        for child in alive:
+            siblings.setdefault(child.provenance.parent, []).append(child)
+        for place in places:
+            mine = siblings.get(place.sample.id, [])
+            weights = np.exp(self.config.sharpness * np.array([*(added[child.sample.id] for child in mine), 0.0]))
+            key = seed_from(self.config.seed, place.sample.id, link, place.child, "source")
+            chosen = int(rng(key).choice(len(weights), p=weights / weights.sum()))
+            if chosen == len(mine):
+                place.start_again()
+            else:
+                place.follow(mine[chosen])
+
+
+def _image_of(pair: Pair) -> Image:
+    image = pair.load()
+    if image is None:
+        raise DataError(
+            f"sample {pair.sample.id}: has no image; expected one, since images are given; add it to the row"
+        )
+    return image
+
+
+def _bytes_of(pair: Pair) -> bytes:
+    if isinstance(pair.image, bytes):
+        return pair.image
+    assert pair.image is not None  # `_image_of` has read it
+    return pair.image.read_bytes()
