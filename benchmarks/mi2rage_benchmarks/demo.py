@@ -21,7 +21,7 @@ from mi2rage_rt.samples import read_samples, write_samples
 from mi2rage_training import microworld
 from mi2rage_training.chain import ChainConfig, synthesize
 from mi2rage_training.evaluation import evaluate_pairs
-from mi2rage_training.fit import FitConfig, fit_classifier
+from mi2rage_training.fit import fit_classifier
 from mi2rage_training.metrics import RelationMetrics
 from mi2rage_training.microworld.probe import AttributeProbe
 from mi2rage_training.pairs import Pair, load_pairs, pairs_from_candidates
@@ -29,7 +29,8 @@ from mi2rage_training.pytorch_captioner import TorchCaptioner
 from mi2rage_training.pytorch_models import TorchGenerator
 from mi2rage_training.selection import Selection, SelectionConfig, select
 from mi2rage_training.store import Candidate, read_store
-from mi2rage_training.teacher import TeacherConfig, TeacherScores
+from mi2rage_training.study_recipe import read_recipe
+from mi2rage_training.teacher import TeacherScores
 
 __all__ = ["DemoConfig", "DemoResult", "Student", "run_demo"]
 
@@ -42,8 +43,8 @@ class DemoConfig:
 
     Attributes:
         train, validation, test: real samples of each split; the training images are hidden from MI2RAGE.
-        links: of each chain. epochs: of a student that sees one pair a sentence; students that see more pairs take as
-            many steps, not more.
+        links: of each chain.
+        recipe: the study's recipe that students and teachers are fitted by.
         bench_repeats: timed calls a side.
         seed: of everything.
     """
@@ -52,8 +53,7 @@ class DemoConfig:
     validation: int = 300
     test: int = 600
     links: int = 3
-    epochs: int = 12
-    teacher_epochs: int = 5
+    recipe: str = "micro"
     bench_repeats: int = 30
     seed: int = 0
 
@@ -116,8 +116,8 @@ class _Steps:
 def _fit_student(
     name: str, explanation: str, pairs: Sequence[Pair], real: dict[str, list[Pair]], config: DemoConfig, folder: Path
 ) -> Student:
-    epochs = max(1, round(config.epochs * config.train / len(pairs)))
-    fit = FitConfig(epochs=epochs, seed=seed_from(config.seed, "student") % 2**31)
+    recipe = read_recipe(config.recipe)
+    fit = recipe.student.config(recipe.models, seed_from(config.seed, "student") % 2**31)
     text_only = all(pair.image is None for pair in pairs)
     splits = {split: [Pair(pair.sample) for pair in rows] if text_only else rows for split, rows in real.items()}
     fitted = fit_classifier(
@@ -186,14 +186,8 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
         synthesize(load_pairs(out / "sentences.jsonl"), store, generator, captioner, chain)
         return tuple(read_store(store))
 
-    teacher = TeacherConfig(
-        fit=FitConfig(
-            epochs=config.teacher_epochs,
-            batch_size=64,
-            image_dropout=0.3,
-            seed=seed_from(config.seed, "teacher") % 2**31,
-        )
-    )
+    recipe = read_recipe(config.recipe)
+    teacher = recipe.teacher.teacher(recipe.models, seed_from(config.seed, "teacher") % 2**31, "cpu")
     steps.run("make the micro-world: labelled sentences, and real pairs to test on", make_world)
     candidates = steps.run("synthesize: chains of images and captions from each sentence", make_candidates)
     selection = steps.run(

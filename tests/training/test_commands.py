@@ -54,6 +54,40 @@ def test_the_line_from_text_to_an_evaluated_classifier(
     assert (code, "--force" in err) == (2, True)
 
 
+def test_teachers_of_a_selection_judge_inside_a_later_chain(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, judge = world / "rows.jsonl", tmp_path / "judge"
+    first, chain = tmp_path / "first", tmp_path / "chain"
+    size = ("--width", 2, "--steps", 2, "--guidance", 1)
+    code, _, err = run(capsys, "synthesize", rows, first, "--links", 1, *size)
+    assert code == 0, err
+    code, _, err = run(capsys, "select", first, tmp_path / "kept", "--folds", 2, "--epochs", 1, "--teachers", judge)
+    assert code == 0, err
+    code, out, err = run(capsys, "synthesize", rows, chain, "--links", 2, *size, "--judge", judge, "--json")
+    assert (code, json.loads(out)["candidates"]) == (0, 96), err
+    code, _, err = run(capsys, "synthesize", rows, chain, "--links", 2, *size)
+    assert (code, "judge: was 'teachers-" in err) == (2, True), err
+    code, _, err = run(capsys, "synthesize", rows, tmp_path / "x", "--judge", tmp_path / "nothing")
+    assert (code, "teachers.json" in err) == (2, True), err
+
+
+def test_the_line_from_images_to_an_evaluated_classifier(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, store, folder = world / "rows.jsonl", tmp_path / "texts", tmp_path / "classifier"
+    made = ("synthesize", rows, store, "--given", "image", "--links", 2, "--steps", 2, "--json")
+    code, out, err = run(capsys, *made, "--prefix", "{head} and {tail} :")
+    summary = json.loads(out)
+    assert (code, summary["given"], summary["candidates"] + summary["dropped"]) == (0, "image", 48), err
+    code, out, err = run(capsys, "train", store, folder, "--epochs", 1, "--validation", rows, "--json")
+    assert (code, json.loads(out)["pairs"]) == (0, summary["candidates"]), err
+    code, out, err = run(capsys, "evaluate", folder, rows, "--modality", "image", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 24), err
+    code, _, err = run(capsys, *made[:1], rows, tmp_path / "x", "--given", "sound")
+    assert (code, "expected one of: text, image" in err) == (2, True), err
+
+
 def _bad_span(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"head": [0, 99]}
 

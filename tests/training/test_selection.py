@@ -76,11 +76,11 @@ def teachers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replaces the teachers; returns how many candidates each call was given."""
     calls: list[int] = []
 
-    def score(rows: Sequence[Candidate], _: TeacherConfig) -> TeacherScores:
+    def fit(rows: Sequence[Candidate], _: TeacherConfig) -> tuple[None, TeacherScores]:
         calls.append(len(rows))
-        return teacher_scores(len(rows))
+        return None, teacher_scores(len(rows))
 
-    monkeypatch.setattr(selection_module, "score_candidates", score)
+    monkeypatch.setattr(selection_module, "fit_teachers", fit)
     return calls
 
 
@@ -331,3 +331,8 @@ def test_a_page_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old.html").write_text("mine")
     with pytest.raises(InputError, match="is there already"):
         check_page(tmp_path / "old.html")
+
+
+def test_teachers_are_kept_only_where_the_policy_fits_some(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="teachers: to be kept with the policy random"):
+        SelectionConfig(PolicyConfig(Policy.RANDOM), keep_teachers=tmp_path / "t")

@@ -13,8 +13,13 @@ from mi2rage_training import teacher as teacher_module
 from mi2rage_training.fit import Fit
 from mi2rage_training.folds import fold_of, fold_seed_for
 from mi2rage_training.pairs import Pair
-from mi2rage_training.teacher import TeacherConfig, label_entropy_nats, score_candidates
+from mi2rage_training.store import Candidate
+from mi2rage_training.teacher import TeacherConfig, TeacherScores, fit_teachers, label_entropy_nats
 from tests.training.fakes import LABELS, candidates
+
+
+def score_candidates(rows: Sequence[Candidate], config: TeacherConfig) -> TeacherScores:
+    return fit_teachers(rows, config)[1]
 
 
 class _Stub:

@@ -53,7 +53,12 @@ def select(
         str | None, typer.Option(help="A CLIP folder or hub id, for similarity; by default captions are compared.")
     ] = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to show what was kept and dropped, and why.")] = None,
+    teachers: Annotated[
+        Path | None, typer.Option(help="Folder to keep the teachers in, for 'synthesize --judge'.")
+    ] = None,
     folds: Annotated[int, typer.Option(help="Teachers of the cross-fitting.")] = 4,
+    members: Annotated[int, typer.Option(help="Classifiers of each teacher's ensemble.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds of expectation maximisation.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each teacher.")] = 8,
     text_encoder: Annotated[str, typer.Option(help="embedded, a folder, or a hub id.")] = "embedded",
     image_encoder: Annotated[str, typer.Option(help="embedded, a CLIP folder, or a hub id.")] = "embedded",
@@ -83,9 +88,9 @@ def select(
         seed=seed,
     )
     fit = FitConfig(text_encoder=text_encoder, image_encoder=image_encoder, epochs=epochs, seed=seed)
-    teacher = TeacherConfig(folds=folds, fit=fit, device=device_from(device))
+    teacher = TeacherConfig(folds, fit, members, rounds, device=device_from(device))
     check_page(page)
-    result = run(store, out, SelectionConfig(limits, teacher, similarity_model))
+    result = run(store, out, SelectionConfig(limits, teacher, similarity_model, teachers))
     summary: dict[str, Any] = {
         "store": str(out),
         "policy": ranking.value,
@@ -93,9 +98,8 @@ def select(
         "kept": int(result.kept.sum()),
     }
     if result.scores is not None:
-        summary |= {
-            name: getattr(result.scores, name) for name in ("label_entropy_nats", "bound_nats", "real_bound_nats")
-        }
+        names = ("label_entropy_nats", "bound_nats", "real_bound_nats", "calibration_error_before", "calibration_error")
+        summary |= {name: getattr(result.scores, name) for name in names}
     if page is not None:
         write_selection_page(page, list(read_store(store)), result, seed=seed)
         summary["page"] = str(page)

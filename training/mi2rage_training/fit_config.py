@@ -12,7 +12,7 @@ from mi2rage_training.pytorch_models import EMBEDDED
 __all__ = ["FitConfig", "MixedPrecision"]
 
 _COUNTS = ("width", "heads", "max_length", "epochs", "batch_size", "gradient_accumulation")
-_OPTIONAL_COUNTS = ("steps", "patience", "checkpoint_steps")
+_OPTIONAL_COUNTS = ("steps", "evaluation_steps", "patience", "checkpoint_steps")
 _SHARES = ("image_dropout", "text_dropout", "distill")
 _EXPONENTS = ("class_balance", "logit_adjustment")
 
@@ -43,6 +43,8 @@ class FitConfig:
         text_dropout: share of rows whose sentence is reduced to its two mentions in a step, for q(y | image, mentions);
             no row loses both, and none that has no image loses its sentence.
         steps: optimiser steps in place of `epochs`; validation still comes after each pass, and at the end.
+        evaluation_steps: steps between validations, in place of one after each pass: data sets of different sizes then
+            choose among equally many states. An "epoch" of `Fit` is what lies between two.
         patience: stop once so many epochs in a row have not raised the best validation F1; None goes to the end.
         class_balance: loss weights proportional to (rows of the label)^-class_balance, their mean over the rows 1. 0 is
             off; 1 gives all labels the same say (inverse frequency: Huang et al., *Learning Deep Representation for
@@ -73,6 +75,7 @@ class FitConfig:
     seed: int = 0
     text_dropout: float = 0.0
     steps: int | None = None
+    evaluation_steps: int | None = None
     patience: int | None = None
     class_balance: float = 0.0
     logit_adjustment: float = 0.0

@@ -101,7 +101,8 @@ class Trainer:
                 self.train_step()
                 self.state.step += 1
                 bar.advance()
-                epoch_is_over = self.state.step % self.epoch_steps == 0 or self.state.step == self.total_steps
+                every = self.config.evaluation_steps or self.epoch_steps
+                epoch_is_over = self.state.step % every == 0 or self.state.step == self.total_steps
                 if epoch_is_over:
                     self._end_epoch()
                     bar.note(f"loss {self.state.losses[-1]:.3f}")

@@ -12,7 +12,7 @@ _PARTS = """\
 | folder | class | what for |
 | --- | --- | --- |
 | `generator/` | `StableDiffusionPipeline`: CLIP text tower, UNet, `AutoencoderTiny`, DDIM | text to 24 px |
-| `captioner/` | `BlipForConditionalGeneration` | picture to plain caption, also after a prefix |
+| `captioner/` | `BlipForConditionalGeneration` | picture to plain caption, or to a post about two entities |
 | `image_encoder/` | `CLIPVisionModel`, the other tower of the same tiny CLIP | the classifier's eye |
 | `text_encoder/` | `BertModel`, by masked words on unlabelled posts | the classifier's reader |
 | `probe/` | a small convolutional net | measures which attributes are visible; trains nothing |
@@ -22,7 +22,7 @@ _LIMITS = """\
 They know the micro-world and nothing else: 24 px, eight objects, five settings, six shirt colours. The generator's
 autoencoder is written down from principal components, not trained (`pretrain_vae.py`), and its decoder counts cells
 from the border: it holds for 24 px only. `BlipForConditionalGeneration.generate` does not read `max_new_tokens` from
-`generation_config.json`: pass `max_new_tokens=24`. The rates are what the probe sees; its own misses are in its row.
+`generation_config.json`: pass `max_new_tokens=40`. The rates are what the probe sees; its own misses are in its row.
 One seed, one machine; other thread counts change the last digits.
 """
 

@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, InputError
-from mi2rage_rt.files import atomic_bytes
+from mi2rage_rt.files import atomic_bytes, check_absent
 from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings
 from mi2rage_training.policies import Decision, Policy, PolicyConfig, Table, decide, posterior_weights
 from mi2rage_training.store import Candidate, StoreManifest, StoreWriter, read_manifest, read_store
-from mi2rage_training.teacher import TeacherConfig, TeacherScores, score_candidates
+from mi2rage_training.teacher import TeacherConfig, TeacherScores, fit_teachers
+from mi2rage_training.teacher_folder import save_teachers
 
 __all__ = ["SCORES_NAME", "Selection", "SelectionConfig", "select", "table_from_candidates"]
 
@@ -35,13 +36,20 @@ class SelectionConfig:
             diversity, and the similarity of sentence and caption.
         similarity_model: folder or hub id of a whole CLIP model, for the similarity of sentence and image; None
             compares the sentence with the image's caption.
+        keep_teachers: folder to write the fitted teachers to, for a judge inside a later chain; None keeps none.
     """
 
     policy: PolicyConfig = dataclasses.field(default_factory=lambda: PolicyConfig(Policy.ADDED, per_parent=2))
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     similarity_model: str | None = None
+    keep_teachers: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.keep_teachers is not None and self.policy.policy not in _TAUGHT:
+            raise InputError(
+                f"teachers: to be kept with the policy {self.policy.policy.value}; expected one that fits some "
+                f"({', '.join(_TAUGHT)}); leave the folder out, or take one of these"
+            )
         if self.similarity_model is not None and self.policy.policy is not Policy.SIMILARITY:
             raise InputError(
                 f"similarity model: came {self.similarity_model!r} with the policy {self.policy.policy.value}; "
@@ -108,7 +116,9 @@ def _table(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[Ta
     elif policy.policy is Policy.SIMILARITY:
         similarity = caption_similarity(candidates, fit.text_encoder, fit.max_length, device)
     if policy.policy in _TAUGHT:
-        scores = score_candidates(candidates, config.teacher)
+        teachers, scores = fit_teachers(candidates, config.teacher)
+        if config.keep_teachers is not None:
+            save_teachers(teachers, config.keep_teachers)
     if policy.covers:
         embeddings = made_embeddings(candidates, fit, device)
     table = table_from_candidates(candidates, scores=scores, similarity=similarity, embeddings=embeddings)
@@ -169,8 +179,10 @@ def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
     settings = {
         "step": "select",
         "source": source.model_dump(mode="json")["shards"],
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(dataclasses.replace(config, keep_teachers=None)),
     }
+    if config.keep_teachers is not None:
+        check_absent(config.keep_teachers, force=False)
     writer = StoreWriter(out, settings)
     table, scores = _table(candidates, config)
     decision = decide(table, config.policy)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import InputError
 from mi2rage_training.chain_config import Given
-from mi2rage_training.embeddings import caption_similarity, image_embeddings
+from mi2rage_training.embeddings import caption_similarity, made_embeddings
 from mi2rage_training.pairs import Pair, pairs_from_candidates
 from mi2rage_training.policies import Policy, PolicyConfig, choose
 from mi2rage_training.ranking import posterior_weights_of
@@ -79,7 +79,7 @@ def _selected(store: str, policy: Policy, diversity: float = 0.0) -> Callable[[M
             encoder = material.recipe.models.text_encoder
             similarity = caption_similarity(candidates, encoder, fit.max_length, material.place.device)
         if diversity:
-            embeddings = image_embeddings(candidates, material.recipe.models.image_encoder, material.place.device)
+            embeddings = made_embeddings(candidates, fit.config(material.recipe.models, 0), material.place.device)
         scores = material.scores(store) if taught else None
         table = table_from_candidates(candidates, scores=scores, similarity=similarity, embeddings=embeddings)
         config = PolicyConfig(

@@ -86,6 +86,7 @@ class FitRecipe(_Part):
     """Of a classifier's fitting; see `FitConfig`. `steps` is the same for every row of the table."""
 
     steps: int = 600
+    evaluation_steps: int | None = None
     batch_size: int = 32
     learning_rate: float | None = None
     dropout: float = 0.3

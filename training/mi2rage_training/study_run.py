@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import multiprocessing
 import os
 import platform
-import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.files import atomic_text
+from mi2rage_rt.progress import Steps, be_quiet, steps
 from mi2rage_training.chain_config import Given
 from mi2rage_training.fit import fit_classifier, logits_of_pairs
 from mi2rage_training.study_cells import Cell, Lesson, cells_of, comparisons_of
@@ -75,11 +76,13 @@ def run_study(recipe: Recipe, config: StudyConfig) -> StudyResult:
     jobs = [(recipe, given, seed, config) for given in recipe.given for seed in recipe.seeds]
     # The seeds of both settings in turn: a study that is stopped early has some of each.
     jobs.sort(key=lambda job: job[0].seeds.index(job[2]))
-    if config.jobs == 1:
-        for job in jobs:
-            _run_job(*job)
-    else:
-        _run_in_processes(jobs, config.jobs)
+    paths = [_cell_path(config.out, given, cell, seed) for _, given, seed, _ in jobs for cell in cells]
+    with steps("study", len(paths)) as bar, _counting(paths, bar):
+        if config.jobs == 1:
+            for job in jobs:
+                _run_job(*job)
+        else:
+            _run_in_processes(jobs, config.jobs)
     result = StudyResult(
         recipe=recipe.name,
         title=recipe.title,
@@ -101,6 +104,29 @@ def run_study(recipe: Recipe, config: StudyConfig) -> StudyResult:
     )
     write_study_report(result, config.out)
     return result
+
+
+@contextlib.contextmanager
+def _counting(paths: Sequence[Path], bar: Steps) -> Iterator[None]:
+    """Within the block the bar shows how many cells are there, whichever process makes them."""
+    over = threading.Event()
+    seen: set[Path] = set()
+
+    def count() -> None:
+        while True:
+            new = {path for path in paths if path not in seen and path.is_file()}
+            bar.advance(len(new))
+            seen.update(new)
+            if over.wait(1.0):
+                return
+
+    watcher = threading.Thread(target=count, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _check_recipe(recipe: Recipe, out: Path) -> None:
@@ -142,6 +168,7 @@ def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
+    be_quiet()
     parent = os.getppid()
 
     def watch() -> None:
@@ -171,17 +198,11 @@ def _run_job(recipe: Recipe, given: Given, seed: int, config: StudyConfig) -> No
         result = _run_cell(cell, material)
         with atomic_text(path) as file:
             file.write(result.model_dump_json(indent=1) + "\n")
-        _say(f"{given.value} given, seed {seed}: {cell.spec.title} ({result.pairs} pairs, {result.seconds:.0f} s)")
+        logger.info("%s given, seed %d: %s, %d pairs", given.value, seed, cell.spec.title, result.pairs)
     measures = folder / "measures.json"
     if not measures.is_file():
         with atomic_text(measures) as file:
             json.dump(job_measures(material), file, indent=1)
-
-
-def _say(line: str) -> None:
-    logger.info(line)
-    if sys.stderr.isatty() or logger.isEnabledFor(logging.INFO):
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _run_cell(cell: Cell, material: Material) -> CellResult:

@@ -31,7 +31,6 @@ __all__ = [
     "Teachers",
     "fit_teachers",
     "label_entropy_nats",
-    "score_candidates",
 ]
 
 
@@ -294,8 +293,3 @@ def fit_teachers(candidates: Sequence[Candidate], config: TeacherConfig) -> tupl
         calibration_error(log_both, gold, weights),
     )
     return teachers, scores
-
-
-def score_candidates(candidates: Sequence[Candidate], config: TeacherConfig) -> TeacherScores:
-    """Fit the teachers and score every candidate by the one that never saw its parent. Raises as `fit_teachers`."""
-    return fit_teachers(candidates, config)[1]
