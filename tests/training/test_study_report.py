@@ -136,7 +136,7 @@ def test_missing_runs_are_said_to_be(study: StudyResult, tmp_path: Path) -> None
     assert answers[1] == "not answered: no seed has both"
     assert answers[2].endswith("; 1 of 3 seeds; one seed, so the interval knows test rows only")
     text = (tmp_path / "study.md").read_text(encoding="utf-8")
-    assert "| chain of six | 0 of 3 | | not run | | |" in text
+    assert "| chain of six | 0 of 3 |  | not run | | |" in text
     assert "not run" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -108,7 +108,7 @@ def _styled() -> Any:
 
 def _drawing(figure: Any, name: str, description: str) -> Drawing:
     text, image = io.StringIO(), io.BytesIO()
-    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     figure.savefig(image, format="png", dpi=_PNG_DPI, facecolor=_PAPER, metadata={"Software": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
