@@ -20,6 +20,7 @@ from mi2rage_training import selection as selection_module
 from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings, text_embeddings
 from mi2rage_training.fit import FitConfig
 from mi2rage_training.microworld import models_folder
+from mi2rage_training.pairs import load_pairs
 from mi2rage_training.policies import Policy, PolicyConfig
 from mi2rage_training.selection import SCORES_NAME, Selection, SelectionConfig, select, table_from_candidates
 from mi2rage_training.selection_page import check_page, sampled_parents, write_selection_page
@@ -336,3 +337,15 @@ def test_a_page_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
 def test_teachers_are_kept_only_where_the_policy_fits_some(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="teachers: to be kept with the policy random"):
         SelectionConfig(PolicyConfig(Policy.RANDOM), keep_teachers=tmp_path / "t")
+
+
+def test_weights_reach_the_store_and_the_pairs(tmp_path: Path, teachers: list[int]) -> None:
+    config = SelectionConfig(PolicyConfig(Policy.ADDED), weighted=True)
+    result = select(stored(tmp_path / "c", drawn()), tmp_path / "s", config)
+    assert result.kept.all()
+    assert result.weights is not None
+    pairs = load_pairs(tmp_path / "s")
+    assert [pair.weight for pair in pairs] == result.weights.tolist()
+    assert np.reshape([pair.weight for pair in pairs], (-1, 3)).mean(1) == pytest.approx(1.0)
+    with pytest.raises(InputError, match="weights: asked for with the policy all"):
+        SelectionConfig(PolicyConfig(Policy.ALL), weighted=True)

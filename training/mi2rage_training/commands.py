@@ -53,6 +53,10 @@ def select(
         str | None, typer.Option(help="A CLIP folder or hub id, for similarity; by default captions are compared.")
     ] = None,
     page: Annotated[Path | None, typer.Option(help="HTML file to show what was kept and dropped, and why.")] = None,
+    weighted: Annotated[
+        bool,
+        typer.Option("--weighted", help="Weigh siblings by their likelihood in training; limits only if asked for."),
+    ] = False,
     teachers: Annotated[
         Path | None, typer.Option(help="Folder to keep the teachers in, for 'synthesize --judge'.")
     ] = None,
@@ -80,7 +84,7 @@ def select(
     ranking = choice(Policy, policy, "policy")
     limits = PolicyConfig(
         policy=ranking,
-        per_parent=2 if per_parent is None and ranking not in {Policy.ALL, Policy.DIRECT} else per_parent,
+        per_parent=2 if per_parent is None and not (weighted or ranking in {Policy.ALL, Policy.DIRECT}) else per_parent,
         per_label=per_label,
         keep=keep,
         quota=choice(Quota, quota, "quota"),
@@ -90,7 +94,7 @@ def select(
     fit = FitConfig(text_encoder=text_encoder, image_encoder=image_encoder, epochs=epochs, seed=seed)
     teacher = TeacherConfig(folds, fit, members, rounds, device=device_from(device))
     check_page(page)
-    result = run(store, out, SelectionConfig(limits, teacher, similarity_model, teachers))
+    result = run(store, out, SelectionConfig(limits, teacher, similarity_model, teachers, weighted))
     summary: dict[str, Any] = {
         "store": str(out),
         "policy": ranking.value,
@@ -119,6 +123,11 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows a step, over all processes.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW; by default by model size.")] = None,
     max_length: Annotated[int, typer.Option(help="Word pieces a sentence may hold.")] = 64,
+    width: Annotated[int, typer.Option(help="Of the fusion.")] = 256,
+    text_dropout: Annotated[
+        float, typer.Option(help="Share of rows whose sentence is reduced to its mentions in a step.")
+    ] = 0.4,
+    image_dropout: Annotated[float, typer.Option(help="Share of rows whose image is hidden in a step.")] = 0.1,
     patience: Annotated[
         int | None, typer.Option(help="Stop after N epochs without a better validation F1; needs --validation.")
     ] = None,
@@ -158,6 +167,9 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         max_length=max_length,
+        width=width,
+        text_dropout=text_dropout,
+        image_dropout=image_dropout,
         seed=seed,
         patience=patience,
         class_balance=class_balance,
@@ -167,7 +179,14 @@ def train(
     )
     pairs = load_pairs(data, images=images, modality=shown, skip_bad=skip_bad)
     held_out = load_pairs(validation, images=validation_images, modality=shown, skip_bad=skip_bad) if validation else []
-    fitted = fit.fit_classifier(pairs, config, validation=held_out, device=device_from(device), checkpoint=checkpoint)
+    fitted = fit.fit_classifier(
+        pairs,
+        config,
+        validation=held_out,
+        device=device_from(device),
+        checkpoint=checkpoint,
+        weights=[pair.weight for pair in pairs] if any(pair.weight != 1 for pair in pairs) else None,
+    )
     if not fit.is_main_process():
         return
     with atomic_folder(out, force=force) as folder:

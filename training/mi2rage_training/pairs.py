@@ -27,10 +27,11 @@ class Modality(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A sample and where its image is: encoded bytes, a file, or nowhere."""
+    """A sample and where its image is: encoded bytes, a file, or nowhere; and what it counts for in training."""
 
     sample: Sample
     image: bytes | Path | None = None
+    weight: float = 1.0
 
     def load(self) -> Image | None:
         """Decode the image, uint8 (H, W, 3), or None.
@@ -57,8 +58,8 @@ def mentions_only(sample: Sample) -> Sample:
 
 
 def pairs_from_candidates(candidates: Iterable[Candidate]) -> list[Pair]:
-    """Pairs of made images and real sentences."""
-    return [Pair(candidate.sample, candidate.image) for candidate in candidates]
+    """Pairs of made images and real sentences, or of made sentences and real images, with their weights."""
+    return [Pair(item.sample, item.image, 1.0 if item.weight is None else item.weight) for item in candidates]
 
 
 def load_pairs(
@@ -84,7 +85,7 @@ def load_pairs(
     if path.is_dir() and is_store(path):
         pairs = pairs_from_candidates(read_store(path))
         if modality is Modality.TEXT:
-            return [Pair(pair.sample) for pair in pairs]
+            return [dataclasses.replace(pair, image=None) for pair in pairs]
     elif modality is Modality.TEXT:
         return [Pair(sample) for sample in read_samples(path, skip_bad=skip_bad, bad_rows=bad_rows)]
     else:
@@ -95,7 +96,7 @@ def load_pairs(
                 f"{path}: none of its {len(pairs)} rows has an image; expected some with --modality image; "
                 "pass --modality text"
             )
-        return [Pair(mentions_only(pair.sample), pair.image) for pair in pairs]
+        return [dataclasses.replace(pair, sample=mentions_only(pair.sample)) for pair in pairs]
     return pairs
 
 

@@ -36,6 +36,7 @@ class SelectionConfig:
             diversity, and the similarity of sentence and caption.
         similarity_model: folder or hub id of a whole CLIP model, for the similarity of sentence and image; None
             compares the sentence with the image's caption.
+        weighted: write weights into the store, q(y | both) among all siblings, for training; see `posterior_weights`.
         keep_teachers: folder to write the fitted teachers to, for a judge inside a later chain; None keeps none.
     """
 
@@ -43,8 +44,14 @@ class SelectionConfig:
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     similarity_model: str | None = None
     keep_teachers: Path | None = None
+    weighted: bool = False
 
     def __post_init__(self) -> None:
+        if self.weighted and self.policy.policy not in _TAUGHT:
+            raise InputError(
+                f"weights: asked for with the policy {self.policy.policy.value}; expected one that fits teachers "
+                f"({', '.join(_TAUGHT)}); take one of these, or ask for none"
+            )
         if self.keep_teachers is not None and self.policy.policy not in _TAUGHT:
             raise InputError(
                 f"teachers: to be kept with the policy {self.policy.policy.value}; expected one that fits some "
@@ -154,11 +161,14 @@ def _write_scores(
     atomic_bytes(path, buffer.getvalue().to_pybytes())
 
 
-def _scored(candidate: Candidate, scores: TeacherScores | None, row: int) -> Candidate:
+def _scored(
+    candidate: Candidate, scores: TeacherScores | None, weights: NDArray[np.float64] | None, row: int
+) -> Candidate:
     if scores is None:
         return candidate
     information, added = float(scores.information_nats[row]), float(scores.added_nats[row])
-    return dataclasses.replace(candidate, information_nats=information, added_nats=added)
+    weight = None if weights is None else float(weights[row])
+    return dataclasses.replace(candidate, information_nats=information, added_nats=added, weight=weight)
 
 
 def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
@@ -186,11 +196,12 @@ def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
     writer = StoreWriter(out, settings)
     table, scores = _table(candidates, config)
     decision = decide(table, config.policy)
-    rows = [_scored(candidates[row], scores, row) for row in np.flatnonzero(decision.kept).tolist()]
+    weights = None if scores is None else posterior_weights(table)
+    written = weights if config.weighted else None
+    rows = [_scored(candidates[row], scores, written, row) for row in np.flatnonzero(decision.kept).tolist()]
     starts = range(0, len(rows), _SHARD_ROWS)
     for index, start in enumerate(starts):
         writer.write(index, rows[start : start + _SHARD_ROWS])
-    weights = None if scores is None else posterior_weights(table)
     _write_scores(out / SCORES_NAME, candidates, table, decision, weights)
     manifest = writer.finish(len(starts))
     return Selection(manifest, scores, decision.kept, decision.reasons, table.similarity, weights)

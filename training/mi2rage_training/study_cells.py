@@ -104,8 +104,10 @@ def weighted_lesson(material: Material, candidates: Sequence[Candidate], scores:
     method = material.recipe.method
     parents = np.array([candidate.provenance.parent for candidate in candidates])
     weights = posterior_weights_of(parents, scores.information_nats, method.sharpness)
-    order = [scores.labels.index(label) for label in material.labels] if method.distill else []
-    soft = scores.probabilities[:, order] if method.distill else None
+    soft = None
+    if method.distill:  # the teachers know the labels of their candidates, the benchmark may have more
+        soft = np.zeros((len(candidates), len(material.labels)))
+        soft[:, [material.labels.index(label) for label in scores.labels]] = scores.probabilities
     return dataclasses.replace(_of(candidates), weights=weights.tolist(), soft_targets=soft, distill=method.distill)
 
 
