@@ -261,3 +261,11 @@ def test_no_pairs_and_too_long_rows_are_refused(fitted: Fit) -> None:
         logits_of_pairs(fitted.classifier, [])
     with pytest.raises(ModelFolderError, match="positions"):
         fit_classifier(pairs(6), FitConfig(max_length=4096))
+
+
+def test_validation_can_come_every_few_steps_whatever_the_size_of_the_data() -> None:
+    fitted = fit_classifier(
+        pairs(40), FitConfig(steps=7, evaluation_steps=2, batch_size=8, max_length=32), validation=pairs(9)
+    )
+    assert len(fitted.validation_f1) == 4  # after steps 2, 4, 6, and the last
+    assert len(fitted.losses) == 4

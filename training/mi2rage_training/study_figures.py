@@ -111,7 +111,7 @@ def _drawing(figure: Any, name: str, description: str) -> Drawing:
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     figure.savefig(image, format="png", dpi=_PNG_DPI, facecolor=_PAPER, metadata={"Software": None})
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # Several figures share one page, so their ids must differ; and its colours are the page's to choose.
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for colour, variable in _VARIABLES.items():
@@ -176,7 +176,7 @@ def differences_figure(name: str, title: str, rows: Sequence[ForestRow]) -> Draw
                 axes.plot(row.t_interval, [place + 0.45] * 2, color=colour, linewidth=1.2, alpha=0.75)
             inside = _PAPER if row.verdict == "not shown" else colour
             axes.scatter([row.mean], [place], s=40, color=inside, edgecolors=colour, linewidths=1.5, zorder=3)
-            _value_beside(axes, place, f"{row.mean:+.1f}".replace("-", "−"), colour)
+            _value_beside(axes, place, f"{row.mean:+.1f}".replace("-0.0", "+0.0").replace("-", "−"), colour)
         axes.set_yticks(places, labels)
         axes.set_ylim(places[-1] + lines[-1] / 2 + 0.6, -lines[0] / 2 - 0.6)
         axes.grid(axis="x")
