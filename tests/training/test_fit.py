@@ -34,7 +34,7 @@ def test_it_learns_what_only_the_image_says(fitted: Fit) -> None:
 
 
 def test_hidden_images_leave_the_answer_open(fitted: Fit) -> None:
-    both, text = logits_of_pairs(fitted.classifier, pairs(12), hide_images=(False, True))
+    both, text = logits_of_pairs(fitted.classifier, pairs(12), views=(View.BOTH, View.TEXT))
     assert not np.allclose(both, text)
     bare = [Pair(pair.sample) for pair in pairs(12)]
     np.testing.assert_allclose(logits_of_pairs(fitted.classifier, bare)[0], text, atol=1e-5)
@@ -61,7 +61,7 @@ def test_views(fitted: Fit) -> None:
     rows = pairs(8)
     both, text, image = logits_of_pairs(fitted.classifier, rows, views=("both", View.TEXT, View.IMAGE))
     np.testing.assert_array_equal(logits_of_pairs(fitted.classifier, rows)[0], both)
-    np.testing.assert_array_equal(logits_of_pairs(fitted.classifier, rows, hide_images=[True])[0], text)
+    np.testing.assert_array_equal(logits_of_pairs(fitted.classifier, rows, views=[View.TEXT])[0], text)
     bare = [Pair(mentions_only(pair.sample), pair.image) for pair in rows]
     np.testing.assert_allclose(logits_of_pairs(fitted.classifier, bare)[0], image, atol=1e-5)
     assert np.abs(both - image).max() > 1e-3

@@ -173,22 +173,18 @@ def logits_of_pairs(
     classifier: LoadedClassifier,
     pairs: Sequence[Pair],
     *,
-    hide_images: Sequence[bool] = (False,),
-    views: Sequence[View | str] | None = None,
+    views: Sequence[View | str] = (View.BOTH,),
 ) -> list[NDArray[np.float32]]:
     """Logits, float32 (B, labels), once for each view, in order; images are encoded once.
 
     Args:
-        hide_images: views by their images alone: False is `View.BOTH`, True `View.TEXT`.
-        views: what is shown; takes the place of `hide_images`.
+        views: what is shown of the pairs.
 
     Raises:
         DataError: there are no pairs.
     """
     if not pairs:
         raise DataError("pairs to answer: none came; expected at least one; check what was read")
-    if views is None:
-        views = [View.TEXT if hidden else View.BOTH for hidden in hide_images]
     wanted = [View(view) for view in views]
     data = PairTensors(classifier, pairs, frozen=True, reducible=View.IMAGE in wanted)
     rows = torch.arange(len(pairs))
