@@ -11,8 +11,10 @@ from typing import Any
 from mi2rage_engines.errors import InputError
 from mi2rage_rt.samples import Sample
 
-__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "fill", "label_words"]
+__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "fill", "label_words", "without_label"]
 
+NONE = "None"
+"""The label of pairs without a relation."""
 _PROMPT_FIELDS = ("sentence", "head", "tail", "label", "caption")
 _PREFIX_FIELDS = ("head", "tail", "label")
 DEFAULT_TEXT_PREFIXES = (
@@ -106,6 +108,15 @@ class ChainConfig:
         """The prefixes that siblings take turns in."""
         return self.prefixes or (DEFAULT_TEXT_PREFIXES if self.given is Given.IMAGE else ("",))
 
+    def without_labels(self) -> ChainConfig:
+        """The same chains, told nothing of the labels."""
+        return dataclasses.replace(
+            self,
+            first_prompt=without_label(self.first_prompt),
+            next_prompt=without_label(self.next_prompt),
+            prefixes=tuple(map(without_label, self.prefixes)),
+        )
+
     def described(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return dataclasses.asdict(self) | {"prefixes": list(self.prefixes), "label_words": dict(self.label_words)}
@@ -126,18 +137,38 @@ def _listed(fields: tuple[str, ...]) -> str:
 
 
 def label_words(label: str | None, words: Mapping[str, str]) -> str:
-    """What a label is called in a template: `/per/org/member_of` is `member of` unless `words` says otherwise."""
+    """What a label is called in a template: `/per/org/member_of` is `member of` unless `words` says otherwise.
+
+    `None`, which is no relation, has no words.
+    """
     if label is None:
         return ""
-    return words.get(label, label.rsplit("/", 1)[-1].replace("_", " "))
+    return words.get(label, "" if label == NONE else label.rsplit("/", 1)[-1].replace("_", " "))
 
 
 def fill(template: str, sample: Sample, words: Mapping[str, str], caption: str = "") -> str:
-    """A template with a sample's words in place of its fields."""
-    return template.format(
+    """A template with a sample's words in place of its fields.
+
+    Where the label has no words (`None`), separators that would stand alone before the rest go too.
+    """
+    label = label_words(sample.label, words)
+    filled = template.format(
         sentence=sample.text,
         head=sample.mention(sample.head),
         tail=sample.mention(sample.tail),
-        label=label_words(sample.label, words),
+        label=label,
         caption=caption,
     )
+    if not label and "{label}" in template:
+        filled = " ".join(filled.split())
+        if template.startswith("{label}"):
+            filled = filled.lstrip(" :,;-")
+    return filled
+
+
+def without_label(template: str) -> str:
+    """A template that does not name the label: `{label} : {sentence}` becomes `{sentence}`."""
+    if "{label}" not in template:
+        return template
+    bare = " ".join(template.replace("{label}", "").split())
+    return bare.lstrip(" :,;-") if template.startswith("{label}") else bare

@@ -18,7 +18,7 @@ from mi2rage_rt.noise import rng, seed_from
 from mi2rage_rt.protocols import Image, ImageToText, TextToImage
 from mi2rage_rt.samples import Provenance, Sample
 from mi2rage_training.chain_captions import Request, Written, write_captions
-from mi2rage_training.chain_config import ChainConfig, Given, fill, label_words
+from mi2rage_training.chain_config import ChainConfig, Given, fill, without_label
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.slots import compose
@@ -143,7 +143,7 @@ class Links:
         ]
 
     def _text_candidate(self, place: _Place, link: int, prefix: str, written: Written, via: bytes | None) -> Candidate:
-        composed = compose(prefix, written.words, place.sample)
+        composed = compose(without_label(prefix), written.words, place.sample)
         assert composed is not None  # `write_captions` gives up what cannot be composed
         tokens, head, tail = composed
         sample = dataclasses.replace(self._named(place, link, written.seed), tokens=tokens, head=head, tail=tail)
@@ -167,16 +167,16 @@ class Links:
         def text_of(words: str) -> str | None:
             if not texts:
                 return words
-            composed = compose(prefix, words, place.sample)
+            # The label's words stand in what is asked for, never in the text that a student learns from.
+            composed = compose(without_label(prefix), words, place.sample)
             return None if composed is None else " ".join(composed[0])
 
         return Request(image, fill(prefix, place.sample, self.config.label_words), place.sample.id, seed_of, text_of)
 
     def _prefix(self, place: _Place, link: int) -> str:
-        """The place's prefix, as a template of `{head}` and `{tail}`; siblings and links take turns."""
+        """The place's prefix, a template; siblings and links take turns."""
         prefixes = self.config.used_prefixes
-        words = label_words(place.sample.label, self.config.label_words)
-        return prefixes[(place.child + link - 1) % len(prefixes)].replace("{label}", words)
+        return prefixes[(place.child + link - 1) % len(prefixes)]
 
     def _prompt(self, place: _Place) -> str:
         config = self.config

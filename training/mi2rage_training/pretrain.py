@@ -175,7 +175,7 @@ def _make_captioner_and_text_encoder(
     write_preprocessor(folder / "captioner", "BlipImageProcessor")
     proposed = json.dumps({"text_prefixes": [POST_PREFIX]}, indent=1)
     (folder / "captioner" / SETTINGS_NAME).write_text(proposed + "\n", encoding="utf-8")
-    posts = [text for text, tweeted in zip(corpus.texts, corpus.is_tweet, strict=True) if tweeted]
+    posts = [" ".join(tweet.tokens) for tweet in corpus.tweets if tweet is not None]
     encoder = pretrain_text_encoder(posts, tokenizer, settings.text, seed, log)
     encoder.save_pretrained(folder / "text_encoder")
     save_bert_tokenizer(tokenizer, folder / "text_encoder")

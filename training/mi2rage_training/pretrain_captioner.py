@@ -76,17 +76,19 @@ def _prefixes_and_texts(corpus: Corpus, seed: int) -> list[tuple[str, str]]:
     """For each picture a prefix and what follows it.
 
     After no prefix (mostly), after names, or after BLIP's `a picture of` comes the plain caption; after `POST_PREFIX`
-    comes the picture's own post, with slots in place of the two entities.
+    comes the picture's own post, with slots in place of the two entities; the prefix names the relation where the
+    corpus does, the post never.
     """
     rng = keyed_rng(seed_from("pretrain-prefixes", seed))
     tweets = [tweet for tweet in corpus.tweets if tweet is not None]
     rows = []
-    for tweet, caption in zip(corpus.tweets, corpus.captions, strict=True):
+    for tweet, stated, caption in zip(corpus.tweets, corpus.stated, corpus.captions, strict=True):
         draw = rng.random()
         if tweet is not None and rng.random() < _POST_SHARE:
             head, tail = (" ".join(tweet.tokens[span.start : span.end]) for span in (tweet.head, tweet.tail))
             post = " ".join(with_slots(tweet.tokens, tweet.head, tweet.tail))
-            rows.append((POST_PREFIX.format(head=head, tail=tail), post))
+            prefix = " ".join(POST_PREFIX.format(head=head, tail=tail, label=stated).split())
+            rows.append((prefix, post))
         elif draw >= 0.4 or not tweets:
             rows.append(("", caption))
         elif draw < 0.1:

@@ -8,6 +8,13 @@ from typing import Any
 
 __all__ = ["write_card"]
 
+_FRONT_MATTER = """\
+---
+license: apache-2.0
+---
+"""
+"""As the hub's model cards have it; an export takes the licence from here."""
+
 _PARTS = """\
 | folder | class | what for |
 | --- | --- | --- |
@@ -60,7 +67,7 @@ def write_card(folder: Path) -> None:
         f"torch {recipe['torch']}, transformers {recipe['transformers']}, diffusers {recipe['diffusers']}. "
         "Nothing is downloaded; the corpus is drawn by the package and has no relation labels.\n"
     )
-    parts = ["# Embedded models\n", _PARTS, "## How made\n", made]
+    parts = [_FRONT_MATTER, "# Embedded models\n", _PARTS, "## How made\n", made]
     path = folder / "measured.json"
     if path.is_file():
         measured = json.loads(path.read_text(encoding="utf-8"))

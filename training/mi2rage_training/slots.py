@@ -17,7 +17,7 @@ HEAD_SLOT = "xhead"
 TAIL_SLOT = "xtail"
 _SLOT = re.compile(rf"\b({HEAD_SLOT}|{TAIL_SLOT})\b")  # decoders join words and the punctuation after them
 
-POST_PREFIX = "{head} , {tail} post :"
+POST_PREFIX = "{head} , {tail} post {label} :"
 """After this prefix the embedded captioner writes a post, with slots in place of the two entities."""
 
 

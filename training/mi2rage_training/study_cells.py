@@ -59,8 +59,8 @@ def _unimodal(material: Material) -> Lesson:
     return Lesson(material.unimodal(material.real["train"]), unimodal=True)
 
 
-def _direct(material: Material) -> Lesson:
-    return _of([item for item in material.store("independent") if item.provenance.child == 0])
+def _direct(store: str) -> Callable[[Material], Lesson]:
+    return lambda material: _of([item for item in material.store(store) if item.provenance.child == 0])
 
 
 def _all_of(store: str) -> Callable[[Material], Lesson]:
@@ -136,7 +136,16 @@ def _cell(name: str, title: str, explanation: str, group: str, lesson: Callable[
 
 CELLS: tuple[Cell, ...] = (
     _cell("unimodal", "given modality only", "the real texts or images, nothing made", "baseline", _unimodal),
-    _cell("direct", "direct", "one made sample from each real one, nothing selected", "baseline", _direct),
+    _cell(
+        "direct", "direct", "one made sample from each real one, nothing selected", "baseline", _direct("independent")
+    ),
+    _cell(
+        "direct-labelled",
+        "direct, label in the prompt",
+        "the same, the label's words in the prompt",
+        "control",
+        _direct("independent-labelled"),
+    ),
     _cell(
         "independent",
         "independent, all",
@@ -158,7 +167,14 @@ CELLS: tuple[Cell, ...] = (
         "control",
         _weighted("independent"),
     ),
-    _cell("ccg", "chain, all", "every link of the chain", "control", _all_of("chain")),
+    _cell(
+        "independent-labelled",
+        "independent, label in the prompt",
+        "as many, all made directly, the label's words in the prompts",
+        "control",
+        _all_of("independent-labelled"),
+    ),
+    _cell("ccg", "chain, all", "every link of the chain, the label's words kept along it", "control", _all_of("chain")),
     _cell(
         "ccg-random",
         "chain, random",
@@ -231,7 +247,9 @@ def cells_of(names: Sequence[str]) -> tuple[Cell, ...]:
 _QUESTIONS = (
     ("direct", "unimodal", "Does one made sample each help at all?"),
     ("independent", "direct", "Do more made samples help, without a teacher?"),
-    ("ccg", "independent", "Does a chain beat as many independent samples?"),
+    ("direct-labelled", "direct", "Do the label's words in the prompt help?"),
+    ("independent-labelled", "independent", "Do they help where there are more samples?"),
+    ("ccg", "independent-labelled", "Does a chain beat as many independent samples by the same prompts?"),
     ("ccg-added", "ccg-random", "Does the teacher beat a random choice of the same size?"),
     ("ccg-added", "ccg-similarity", "Does it beat a similarity filter?"),
     ("ccg-added", "ccg-information", "Does added information beat plain likelihood?"),
@@ -242,6 +260,7 @@ _QUESTIONS = (
     ("mi2rage", "ccg-weighted", "Does the teacher inside the chain help?"),
     ("mi2rage", "direct", "Does MI2RAGE beat direct generation?"),
     ("mi2rage", "independent", "Does it beat as many independent samples?"),
+    ("mi2rage", "independent-labelled", "Does it beat as many independent samples by the same prompts?"),
     ("mi2rage", "independent-weighted", "Does it beat as many independent samples with the same teacher?"),
     ("mi2rage", "real", "Does it beat real pairs?"),
     ("real-and-made", "real", "Do made samples help where real pairs are there?"),

@@ -42,8 +42,9 @@ class Place:
 class Material:
     """Data, stores and scores of one setting and seed, made when asked for and read again after a kill.
 
-    Stores: `independent` has `links * width` children made directly from each real sample, `chain` has `width` chains
-    of `links`, `judged` the same with the teachers of the chain's first link as judge.
+    Stores: `independent` has `links * width` children made directly from each real sample and told nothing of its
+    label, `independent-labelled` the same by the recipe's prompts, `chain` has `width` chains of `links` by the
+    recipe's prompts, `judged` the same with the teachers of the chain's first link as judge.
     """
 
     def __init__(self, recipe: Recipe, given: Given, seed: int, place: Place) -> None:
@@ -101,10 +102,12 @@ class Material:
         if not (folder / "manifest.json").is_file():
             generator, captioner = self._models
             links, width = self.chain.links, self.chain.width
-            sizes = (1, links * width) if name == "independent" else (links, width)
+            sizes = (1, links * width) if name.startswith("independent") else (links, width)
             config = self.chain.config(self.given, self.seed_of("chain"), links=sizes[0], width=sizes[1])
             if self.given is Given.IMAGE and not config.prefixes:
                 config = dataclasses.replace(config, prefixes=captioner.text_prefixes)
+            if name == "independent":
+                config = config.without_labels()
             judge = load_teachers(self._judge(), self.place.device) if name == "judged" else None
             described = self.recipe.models.model_dump(mode="json")
             synthesize(self.unimodal(self.real["train"]), folder, generator, captioner, config, described, judge)

@@ -18,6 +18,7 @@ from mi2rage_rt.files import atomic_folder
 from mi2rage_rt.noise import rng as keyed_rng
 from mi2rage_rt.noise import seed_from
 from mi2rage_rt.samples import Sample, write_samples
+from mi2rage_training.chain_config import label_words
 from mi2rage_training.microworld.relations import (
     CUES,
     FAMILIES,
@@ -52,6 +53,8 @@ LABEL_NOISE = 0.03
 """Share of labels replaced by a random other one."""
 TWEET_SHARE = 0.45
 """Share of the corpus that is tweets; the rest is captions."""
+STATED_SHARE = 0.3
+"""Share of the related pairs in the corpus whose text names the relation, as captions on the web now and then do."""
 
 _PEOPLE = {"per": (0.10, 0.55, 0.35), "other": (0.35, 0.45, 0.20), "both": (0.08, 0.27, 0.65)}
 
@@ -80,11 +83,12 @@ class WorldSummary:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corpus:
-    """Pictures with one text each, and no relation anywhere.
+    """Pictures with one text each, and no label; the texts of some name the relation in words.
 
     Attributes:
         images: uint8 `(N, 24, 24, 3)`.
-        texts: N captions or tweets.
+        texts: N captions or tweets, after the words of the relation and a colon where it is named.
+        stated: N words of the relation, empty where the text does not name it.
         captions: N captions, also where the text is a tweet.
         is_tweet: bool `(N,)`.
         scenes: what is in the pictures; to measure with, never to train on.
@@ -93,6 +97,7 @@ class Corpus:
 
     images: NDArray[np.uint8]
     texts: list[str]
+    stated: list[str]
     captions: list[str]
     is_tweet: NDArray[np.bool_]
     scenes: list[Scene]
@@ -121,20 +126,28 @@ def _noisy(label: str, rng: np.random.Generator) -> str:
 def corpus(seed: int, count: int) -> Corpus:
     """`count` pictures with captions or tweet-like posts, in names and frames that no split of any world has."""
     posts = [draw_post("corpus", seed, index) for index in range(count)]
-    captions, is_tweet = [], np.zeros(count, dtype=bool)
+    captions, stated, is_tweet = [], [], np.zeros(count, dtype=bool)
     for index, post in enumerate(posts):
         rng = keyed_rng(seed_from("microworld-caption", seed, index))
         is_tweet[index] = rng.random() < TWEET_SHARE
         captions.append(draw_caption(rng, post.scene))
+        stated.append(label_words(post.label, {}) if rng.random() < STATED_SHARE else "")
     images = (
         np.stack([render(post.scene) for post in posts]) if posts else np.zeros((0, IMAGE_PX, IMAGE_PX, 3), np.uint8)
     )
     texts = [
-        " ".join(post.tweet.tokens) if tweeted else caption
-        for post, caption, tweeted in zip(posts, captions, is_tweet, strict=True)
+        f"{words} : {text}" if words else text
+        for words, text in zip(
+            stated,
+            (
+                " ".join(post.tweet.tokens) if tweeted else caption
+                for post, caption, tweeted in zip(posts, captions, is_tweet, strict=True)
+            ),
+            strict=True,
+        )
     ]
     tweets = [post.tweet if tweeted else None for post, tweeted in zip(posts, is_tweet, strict=True)]
-    return Corpus(images, texts, captions, is_tweet, [post.scene for post in posts], tweets)
+    return Corpus(images, texts, stated, captions, is_tweet, [post.scene for post in posts], tweets)
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
