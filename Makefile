@@ -8,6 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+comma := ,
 .PHONY: help install demo test check format clean
 
 VENV ?= .venv
@@ -18,6 +19,8 @@ JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 BIN := $(VENV)/bin
 OURS := $(VENV)/.made-by-make
 INSTALLED := $(VENV)/.installed-$(DEVICE)
+# TensorRT-RTX builds plans without a GPU: the tests build every graph where it runs.
+PLANS := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(comma)tensorrt-rtx)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Byte code is compiled on first import instead: an install is a minute shorter.
@@ -79,6 +82,6 @@ ifeq ($(DEVICE)-$(shell uname -s),cpu-Linux)
 	@$(PIP) --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH)+cpu' \
 	  || echo "No CPU build of torch $(TORCH) is to be had from $(TORCH_CPU_INDEX) or pip's own sources: taking the standard one, with CUDA." >&2
 endif
-	@echo "Installing mi2rage-rt with the extras $(DEVICE), export, bench, dev"
-	@$(PIP) -e '.[$(DEVICE),export,bench,dev]'
+	@echo "Installing mi2rage-rt with the extras $(DEVICE),export,bench,dev$(PLANS)"
+	@$(PIP) -e '.[$(DEVICE),export,bench,dev$(PLANS)]'
 	@touch $@

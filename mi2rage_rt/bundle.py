@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mi2rage_engines.bundle import Manifest, open_manifest
+from mi2rage_engines.engine import Engine
 from mi2rage_engines.errors import BundleError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import GraphSpec
@@ -26,15 +27,17 @@ class Bundle:
     """A whole bundle; graphs are loaded when their component is asked for, and belong to the caller then.
 
     Use `Bundle.open`, with or without a `with` block.
+
+    Args:
+        folder: the bundle.
+        manifest: as `open_manifest` gave it.
+        open_engine: what loads a graph's file.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, providers: Sequence[str] | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, open_engine: Callable[[Path], Engine] = OrtEngine) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._providers = providers
-        self._threads = threads
+        self.open_engine = open_engine
 
     @classmethod
     def open(cls, path: Path | str, *, providers: Sequence[str] | None = None, threads: int | None = None) -> Bundle:
@@ -49,7 +52,11 @@ class Bundle:
             BundleError: the bundle is not whole, was changed, or is of another schema version.
         """
         folder = Path(path)
-        return cls(folder, open_manifest(folder), providers, threads)
+
+        def open_engine(file: Path) -> Engine:
+            return OrtEngine(file, providers=providers, threads=threads)
+
+        return cls(folder, open_manifest(folder), open_engine)
 
     def __enter__(self) -> Bundle:
         return self
@@ -77,7 +84,8 @@ class Bundle:
 
         spec = self._component("generator", self.manifest.generator)
         tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
-        return RuntimeGenerator(spec, self._engines(spec.graphs), tokenizer, options)
+        second = None if spec.tokenizer_2 is None else PlainTokenizer(spec.tokenizer_2, self.folder)
+        return RuntimeGenerator(spec, self._engines(spec.graphs), tokenizer, options, second)
 
     def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
         """Image to text. Raises as `generator`."""
@@ -105,8 +113,5 @@ class Bundle:
             )
         return spec
 
-    def _engines(self, graphs: Mapping[Any, GraphSpec]) -> dict[str, OrtEngine]:
-        return {
-            str(name): OrtEngine(self.folder / graph.file, providers=self._providers, threads=self._threads)
-            for name, graph in graphs.items()
-        }
+    def _engines(self, graphs: Mapping[Any, GraphSpec]) -> dict[str, Engine]:
+        return {str(name): self.open_engine(self.folder / graph.file) for name, graph in graphs.items()}

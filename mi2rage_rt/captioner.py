@@ -14,11 +14,13 @@ from mi2rage_engines.spec import CaptionerSpec
 from mi2rage_rt.decoding import choose_tokens
 from mi2rage_rt.images import pixel_values
 from mi2rage_rt.protocols import Image
+from mi2rage_rt.resampling import image_batches
 from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["CaptionOptions", "RuntimeCaptioner"]
 
-_STATE = ("past_keys", "past_values", "cross_keys", "cross_values")
+_CROSS = ("cross_keys", "cross_values")
+_STATE = ("past_keys", "past_values", *_CROSS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ class RuntimeCaptioner:
         self._tokenizer = tokenizer
         self._vision = engines["vision"]
         self._decoder = engines["decoder"]
-        check_names(self._vision, ["pixel_values"], ["cross_keys", "cross_values"])
+        self._takes_images = any(tensor.name == "image" for tensor in self._vision.inputs)
+        check_names(self._vision, ["image", "rows", "columns"] if self._takes_images else ["pixel_values"], _CROSS)
         check_names(self._decoder, ["input_ids", *_STATE], ["logits", "present_keys", "present_values"])
         self._dtype = next(tensor.dtype for tensor in self._decoder.inputs if tensor.name == "past_keys")
 
@@ -115,7 +118,7 @@ class RuntimeCaptioner:
         return captions
 
     def prompt_ids(self, prefix: str) -> list[int]:
-        """The ids that decoding starts from: `[DEC]`, then the prefix's ids."""
+        """The ids that decoding starts from: `bos_id`, then the prefix's ids."""
         return [self.spec.bos_id, *self._tokenizer.bare_ids(prefix)]
 
     def generate_ids(
@@ -141,7 +144,7 @@ class RuntimeCaptioner:
                 f"(the model has {self._tokenizer.max_length} positions)"
             )
         limit = min(options.max_new_tokens or self.spec.max_new_tokens, room)
-        state = self._start(pixel_values(images, self.spec.preprocessing))
+        state = self._start(images)
         written = [list(prompt) for prompt in prompts]
         active = np.arange(len(images))
         step_ids = np.array(prompts, dtype=np.int64)
@@ -164,16 +167,25 @@ class RuntimeCaptioner:
             active, step_ids = active[going], chosen[going, None]
         return [ids[1:] for ids in written]
 
-    def _start(self, pixels: NDArray[np.float32]) -> dict[str, Array]:
+    def _start(self, images: Sequence[Image]) -> dict[str, Array]:
+        """The decoder's state before the first id: an empty past, and what the images give."""
         spec = self.spec
-        vision = self._vision.run({"pixel_values": pixels})
-        empty = np.zeros((spec.layers, len(pixels), spec.heads, 0, spec.head_size), dtype=self._dtype)
-        return {
-            "past_keys": empty,
-            "past_values": empty,
-            "cross_keys": vision["cross_keys"],
-            "cross_values": vision["cross_values"],
-        }
+        empty = np.zeros((spec.layers, len(images), spec.heads, 0, spec.head_size), dtype=self._dtype)
+        if self._takes_images:
+            cross = self._look_by_size(images)
+        else:
+            cross = self._vision.run({"pixel_values": pixel_values(images, spec.preprocessing)})
+        return {"past_keys": empty, "past_values": empty, **{name: cross[name] for name in _CROSS}}
+
+    def _look_by_size(self, images: Sequence[Image]) -> dict[str, Array]:
+        """What a vision graph with preprocessing gives for images of any sizes; those of one size run together."""
+        places: list[int] = []
+        answers = []
+        for batch, inputs in image_batches(images, self.spec.preprocessing, self.spec.graphs["vision"].axes):
+            places += batch
+            answers.append(self._vision.run(inputs))
+        order = np.argsort(places)
+        return {name: np.concatenate([answer[name] for answer in answers], axis=1)[:, order] for name in _CROSS}
 
     def _advance(self, ids: NDArray[np.int64], state: dict[str, Array]) -> NDArray[np.float32]:
         """Run the decoder on `ids` `(B, L)`, move `state` on, and return the last logits `(B, V)`."""

@@ -1,4 +1,4 @@
-"""The runtime's commands: generate, caption, predict, doctor. Heavy imports stand inside."""
+"""The runtime's commands: generate, caption, predict, inspect, doctor. Heavy imports stand inside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["caption", "doctor", "generate", "predict"]
+__all__ = ["caption", "doctor", "generate", "inspect", "predict"]
 
 _Bundle = Annotated[Path, typer.Argument(help="Folder that 'mi2rage-rt export' wrote.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -130,6 +130,19 @@ def predict(
         write_table(
             columns, [[f"{row[c]:.3f}" if c == "probability" else row[c] for c in columns] for row in predictions]
         )
+
+
+def inspect(bundle: _Bundle, as_json: _Json = False) -> None:
+    """Show what is in a bundle: sizes, precisions, axes, parity, plans, sources and licences."""
+    from mi2rage_engines.bundle import open_manifest
+    from mi2rage_rt.bundle_page import page_from_manifest
+    from mi2rage_rt.console import write_json
+
+    manifest = open_manifest(bundle)
+    if as_json:
+        write_json(manifest.model_dump(mode="json"))
+    else:
+        typer.echo(page_from_manifest(bundle, manifest))
 
 
 def doctor(

@@ -72,8 +72,10 @@ def exported_bundle(
 ) -> Path:
     """The three tiny models, exported as one bundle; takes about a minute."""
     from mi2rage_export.bundle_writer import export_bundle
+    from mi2rage_export.request import ExportRequest
 
     def make(folder: Path) -> None:
-        export_bundle(folder, generator=tiny_generator, captioner=tiny_captioner, classifier=tiny_classifier)
+        request = ExportRequest(generator=tiny_generator, captioner=tiny_captioner, classifier=tiny_classifier)
+        export_bundle(folder, request)
 
     return shared(tmp_path_factory, request, "bundle", make)

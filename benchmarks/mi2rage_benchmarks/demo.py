@@ -15,11 +15,12 @@ from mi2rage_benchmarks.bench import BenchReport, run_bench
 from mi2rage_benchmarks.standalone import StandaloneRun, run_standalone
 from mi2rage_engines.bundle import Manifest
 from mi2rage_export.bundle_writer import export_bundle
+from mi2rage_export.request import ExportRequest
 from mi2rage_rt.files import atomic_text, check_absent
 from mi2rage_rt.noise import seed_from
 from mi2rage_rt.samples import read_samples, write_samples
 from mi2rage_training import microworld
-from mi2rage_training.chain import ChainConfig, synthesize
+from mi2rage_training.chain import Given, synthesize
 from mi2rage_training.evaluation import evaluate_pairs
 from mi2rage_training.fit import fit_classifier
 from mi2rage_training.metrics import RelationMetrics
@@ -129,13 +130,17 @@ def _fit_student(
 
 
 def _students(
-    candidates: Sequence[Candidate], selection: Selection, real: dict[str, list[Pair]], config: DemoConfig, out: Path
+    candidates: Sequence[Candidate],
+    direct: Sequence[Candidate],
+    selection: Selection,
+    real: dict[str, list[Pair]],
+    config: DemoConfig,
+    out: Path,
 ) -> tuple[Student, ...]:
     kept = [candidate for candidate, keep in zip(candidates, selection.kept, strict=True) if keep]
-    direct = [candidate for candidate in candidates if candidate.provenance.link == 1]
     rows: list[tuple[str, str, Sequence[Pair]]] = [
         ("text only", "the labelled sentences, no image", [Pair(pair.sample) for pair in real["train"]]),
-        ("direct", "one image made from each sentence", pairs_from_candidates(direct)),
+        ("direct", "one image made from each sentence alone", pairs_from_candidates(direct)),
         ("MI2RAGE", "the chain's images that the teacher kept", pairs_from_candidates(kept)),
         ("real pairs", "the sentences with their real images (not available to MI2RAGE)", real["train"]),
     ]
@@ -179,29 +184,34 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
             (dataclasses.replace(sample, image=None) for sample in read_samples(world / "train.jsonl")),
         )
 
-    def make_candidates() -> tuple[Candidate, ...]:
+    recipe = read_recipe(config.recipe)
+    prompts = recipe.chain_of(Given.TEXT)
+
+    def make_candidates() -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
         generator = TorchGenerator.from_folder("embedded", device="cpu")
         captioner = TorchCaptioner.from_folder("embedded", device="cpu")
-        chain = ChainConfig(links=config.links, seed=config.seed)
-        synthesize(load_pairs(out / "sentences.jsonl"), store, generator, captioner, chain)
-        return tuple(read_store(store))
+        sentences = load_pairs(out / "sentences.jsonl")
+        chain = prompts.config(Given.TEXT, config.seed, links=config.links, width=1)
+        alone = prompts.config(Given.TEXT, config.seed, links=1, width=1).without_labels()
+        synthesize(sentences, store, generator, captioner, chain)
+        synthesize(sentences, out / "direct", generator, captioner, alone)
+        return tuple(read_store(store)), tuple(read_store(out / "direct"))
 
-    recipe = read_recipe(config.recipe)
     teacher = recipe.teacher.teacher(recipe.models, seed_from(config.seed, "teacher") % 2**31, "cpu")
     steps.run("make the micro-world: labelled sentences, and real pairs to test on", make_world)
-    candidates = steps.run("synthesize: chains of images and captions from each sentence", make_candidates)
+    candidates, direct = steps.run("synthesize: chains of images and captions from each sentence", make_candidates)
     selection = steps.run(
         "select: cross-fitted teachers score every candidate in nats",
         lambda: select(store, out / "selected", SelectionConfig(teacher=teacher)),
     )
     real = {split: load_pairs(world / f"{split}.jsonl") for split in ("train", "validation", "test")}
     students = steps.run(
-        "train and evaluate four students", lambda: _students(candidates, selection, real, config, out)
+        "train and evaluate four students", lambda: _students(candidates, direct, selection, real, config, out)
     )
     classifier = out / "students" / "MI2RAGE"
     manifest = steps.run(
         "export generator, captioner and classifier to ONNX, parity checked",
-        lambda: export_bundle(bundle, generator="embedded", captioner="embedded", classifier=classifier),
+        lambda: export_bundle(bundle, ExportRequest(generator="embedded", captioner="embedded", classifier=classifier)),
     )
     standalone = steps.run(
         "run the bundle without PyTorch: generate, caption, predict",

@@ -48,6 +48,6 @@ def demo(
     typer.echo("")
     for student in result.students:
         typer.echo(f"{student.name:>12}  F1 {100 * student.metrics.f1:5.1f}  {student.explanation}")
-    passed = sum(record.passed for record in result.manifest.parity)
-    typer.echo(f"\nparity: {passed} of {len(result.manifest.parity)} checks passed")
+    checks = result.manifest.checks
+    typer.echo(f"\nparity: {sum(check.passed for check in checks)} of {len(checks)} checks passed")
     typer.echo(f"report: {report}")

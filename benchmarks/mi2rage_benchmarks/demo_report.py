@@ -105,7 +105,7 @@ def write_demo_report(result: DemoResult, path: Path) -> None:
         candidates=len(result.candidates),
         kept=int(kept.sum()),
         mi2rage_f1=100 * mi2rage.metrics.f1,
-        parity=result.manifest.parity,
+        parity=result.manifest.checks,
         torch_loaded=run.torch_loaded,
         students=result.students,
         chains=_chains(result),

@@ -6,16 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mi2rage_engines.errors import BundleError
-from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec
+from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, ComponentSpec, GeneratorSpec, GraphSpec
 from mi2rage_engines.validation import first_problem
 
 __all__ = ["MANIFEST_NAME", "SCHEMA_VERSION", "FileRecord", "Manifest", "ParityRecord", "open_manifest", "record_files"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 
 
@@ -35,8 +36,8 @@ class ParityRecord(_Record):
 
     Attributes:
         subject: e.g. `generator/unet` or `classifier`.
-        measure: what was compared, e.g. `max_abs`, `token_agreement`, `mean_abs_pixel`.
-        value, threshold: the figure and its bound.
+        measure: what was compared, e.g. `max_abs_scaled`, `caption_agreement`, `image_psnr_db`.
+        value, threshold: the figure and its bound; no bound where the figure is for information.
         passed: whether the bound holds.
         cases: how many inputs were compared.
     """
@@ -44,23 +45,56 @@ class ParityRecord(_Record):
     subject: str
     measure: str
     value: float
-    threshold: float
+    threshold: float | None
     passed: bool
     cases: int
 
 
 class Manifest(_Record):
-    """`bundle.json`. Every component is optional; every file but the manifest itself is recorded."""
+    """`bundle.json`. Every component is optional; every file but the manifest itself is recorded.
+
+    Attributes:
+        source: where each component's model came from, by component.
+        licences: of those models as their model cards state them, by component; `unknown` where they state none.
+        tool_versions: of what exported them.
+        parity: what the export was checked for, against PyTorch in fp32.
+        files: by POSIX path relative to the bundle. `plans/`, where engines are put, is not among them.
+    """
 
     schema_version: int
     generator: GeneratorSpec | None = None
     captioner: CaptionerSpec | None = None
     classifier: ClassifierSpec | None = None
-    precision: str
     source: dict[str, str]
+    licences: dict[str, str] = {}
     tool_versions: dict[str, str]
     parity: tuple[ParityRecord, ...]
     files: dict[str, FileRecord]
+
+    @property
+    def components(self) -> tuple[ComponentSpec, ...]:
+        """The components that are there, in the order generator, captioner, classifier."""
+        found = (self.generator, self.captioner, self.classifier)
+        return tuple(component for component in found if component is not None)
+
+    @property
+    def graphs(self) -> dict[str, GraphSpec]:
+        """Every graph by component and name, e.g. `generator/unet`."""
+        return {
+            f"{component.kind}/{name}": graph
+            for component in self.components
+            for name, graph in component.graphs.items()
+        }
+
+    @property
+    def checks(self) -> tuple[ParityRecord, ...]:
+        """The parity records that have a bound to hold."""
+        return tuple(record for record in self.parity if record.threshold is not None)
+
+    @property
+    def precision(self) -> str:
+        """The graphs' precisions, e.g. `fp16`, or `fp16, fp32` where they differ."""
+        return ", ".join(sorted({graph.precision for graph in self.graphs.values()}))
 
 
 def sha256_of(path: Path) -> str:
@@ -78,26 +112,38 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def _check_version(folder: Path, text: str) -> None:
+def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew fp32 alone, said so once for the whole bundle, and kept no licences."""
+    return {key: value for key, value in document.items() if key != "precision"} | {"schema_version": 2}
+
+
+_UPGRADES = {1: _from_version_1}
+"""From each older version to the next one."""
+
+
+def _upgraded(folder: Path, document: Any) -> Any:
+    """The manifest's document in today's schema; what is no manifest at all is left to the validation."""
     # Before the whole is validated: another version's keys are not damage.
-    try:
-        document = json.loads(text)
-    except ValueError:
-        return  # the validation says where it is broken
-    version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
+    if not isinstance(document, dict):
+        return document
+    version = document.get("schema_version", SCHEMA_VERSION)
+    while version in _UPGRADES:
+        document = _UPGRADES[version](document)
+        version = document["schema_version"]
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{folder}: bundle schema version {version}; this release reads {SCHEMA_VERSION}; export again"
+            f"{folder}: bundle schema version {version}; this release reads 1 to {SCHEMA_VERSION}; export it again "
+            "with this release, or open it with the one that wrote it"
         )
+    return document
 
 
 def _named_files(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Each component's files: (what it is, POSIX path)."""
-    for component in (manifest.generator, manifest.captioner, manifest.classifier):
-        if component is not None:
-            for name, graph in component.graphs.items():
-                yield f"{component.kind}/{name}", graph.file
-            yield f"{component.kind}'s tokenizer", component.tokenizer.file
+    for name, graph in manifest.graphs.items():
+        yield name, graph.file
+    for component in manifest.components:
+        yield f"{component.kind}'s tokenizer", component.tokenizer.file
 
 
 def _parse(folder: Path) -> Manifest:
@@ -110,9 +156,13 @@ def _parse(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder}: has no readable {MANIFEST_NAME}; expected a bundle made by 'mi2rage-rt export'"
         ) from error
-    _check_version(folder, text)
     try:
-        return Manifest.model_validate_json(text)
+        document = _upgraded(folder, json.loads(text))
+        return Manifest.model_validate(document)
+    except json.JSONDecodeError as error:
+        raise BundleError(
+            f"{path}: not valid JSON ({error}); the manifest is damaged; copy the bundle again, or export again"
+        ) from error
     except ValidationError as error:
         raise BundleError(
             f"{path}: {first_problem(error)}; the manifest is damaged; copy the bundle again, or export again"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "Axis",
+    "AxisRange",
     "CaptionerSpec",
     "ClassifierSpec",
     "ComponentSpec",
@@ -18,6 +19,7 @@ __all__ = [
     "GraphSpec",
     "ImagePreprocessing",
     "LatentSpec",
+    "Precision",
     "ScheduleTable",
     "TensorSpec",
     "TokenizerSpec",
@@ -39,13 +41,44 @@ class TensorSpec(_Spec):
     shape: tuple[Axis, ...]
 
 
+Precision = Literal["fp32", "fp16", "bf16", "int8-weights", "int8-dynamic", "int8-qdq"]
+"""What a graph computes in.
+
+`int8-weights` keeps the weights in int8 and computes in fp32, `int8-dynamic` quantises activations as they come (for
+CPUs), `int8-qdq` has quantise/dequantise pairs with calibrated scales (for TensorRT).
+"""
+
+
+class AxisRange(_Spec):
+    """The sizes that a dynamic axis is meant for: smallest, usual, largest; TensorRT's optimization profile."""
+
+    min: int = Field(ge=0)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AxisRange:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min {self.min}, opt {self.opt}, max {self.max}: expected min <= opt <= max")
+        return self
+
+
 class GraphSpec(_Spec):
-    """One ONNX file (path relative to the bundle) with its inputs and outputs, in the graph's order."""
+    """One ONNX file (path relative to the bundle) with its inputs and outputs, in the graph's order.
+
+    Attributes:
+        precision: what it computes in.
+        kept_fp32: parts left in fp32 because a lower precision would overflow or lose too much.
+        axes: the range of each dynamic axis of the inputs.
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     opset: int
+    precision: Precision = "fp32"
+    kept_fp32: tuple[str, ...] = ()
+    axes: dict[str, AxisRange] = {}
 
 
 class TokenizerSpec(_Spec):
@@ -115,17 +148,29 @@ class LatentSpec(_Spec):
 
 
 class GeneratorSpec(_Spec):
-    """Text to image: graphs `text_encoder`, `unet`, `vae_decoder` in the layout of diffusers and optimum.
+    """Text to image: graphs in the layout, and with the names, of diffusers and optimum.
 
-    `text_encoder`: input_ids int64 (batch, sequence) -> last_hidden_state (batch, sequence, width), pooler_output.
-    `unet`: sample (batch, channels, height, width), timestep float32 or int64 (scalar or (1,)),
-    encoder_hidden_states (batch, sequence, width) -> out_sample. `vae_decoder`: latent_sample -> sample in [-1, 1].
+    `text_encoder`, `text_encoder_2`: input_ids int64 (batch, sequence) -> the states named in `text_outputs`
+    (batch, sequence, width), and others that may be left unused. `unet`: sample (batch, channels, height, width),
+    timestep float32 or int64 (scalar or (1,)), encoder_hidden_states (batch, sequence, sum of widths) -> out_sample.
+    Its further inputs say what else it is conditioned on: text_embeds (batch, projection), which the last text encoder
+    gives, with time_ids (batch, 6) (SDXL: original size, top and left of the crop, wanted size);
+    timestep_cond (batch, size), the embedded guidance scale of a model distilled with guidance (LCM), which is then not
+    guided once more. `vae_decoder`: latent_sample -> sample in [-1, 1].
+
+    Attributes:
+        text_outputs: the output of each text encoder that the UNet sees; joined along the width.
+        tokenizer_2: of `text_encoder_2`.
+        zero_negative: guidance leads away from zeros instead of from the empty prompt.
     """
 
     kind: Literal["generator"] = "generator"
     name: str
-    graphs: dict[Literal["text_encoder", "unet", "vae_decoder"], GraphSpec]
+    graphs: dict[Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder"], GraphSpec]
     tokenizer: TokenizerSpec
+    tokenizer_2: TokenizerSpec | None = None
+    text_outputs: tuple[str, ...] = ("last_hidden_state",)
+    zero_negative: bool = False
     schedules: tuple[ScheduleTable, ...]
     latents: LatentSpec
     height: int
@@ -137,13 +182,15 @@ class GeneratorSpec(_Spec):
 class CaptionerSpec(_Spec):
     """Image to text: graphs `vision` and `decoder` (one graph for prefill, past length 0, and for every step).
 
-    `vision`: pixel_values (batch, 3, h, w) -> cross_keys, cross_values float32 (layers, batch, heads, patches, size).
+    `vision`: pixel_values (batch, 3, h, w) -> cross_keys, cross_values float32 (layers, batch, heads, patches, size);
+    with the preprocessing in the graph, in place of pixel_values: image uint8 (batch, image_height, image_width, 3),
+    rows float32 (h, image_height), columns float32 (w, image_width), see `mi2rage_rt.resampling`.
     `decoder`: input_ids int64 (batch, sequence), past_keys, past_values (layers, batch, heads, past, size), cross_keys,
     cross_values -> logits (batch, sequence, vocabulary), present_keys, present_values
     (layers, batch, heads, past + sequence, size). Rows of one call have equal lengths; none is padded.
 
     Attributes:
-        bos_id: the first id of every caption (BLIP's `[DEC]`); a prefix's ids follow it.
+        bos_id: the first id of every caption (BLIP's `[DEC]`, a decoder's start); a prefix's ids follow it.
         eos_id: ends a caption.
         max_new_tokens: the default bound on what is written.
     """

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mi2rage_engines.spec import Axis, TensorSpec
+from mi2rage_engines.spec import Axis, AxisRange, TensorSpec
+from mi2rage_export.reference import Array, Draw, Sizes, draw_inputs
 
-__all__ = ["Graph", "Input", "Sizes", "below", "in_sequence", "normal", "outputs_from", "padding_mask", "random_inputs"]
+__all__ = ["IN_SEQUENCE", "NORMAL", "PADDING", "Graph", "Input", "Sizes", "below", "outputs_from", "random_inputs"]
 
-Array = NDArray[Any]
-Sizes = Mapping[str, int]
-Draw = Callable[[np.random.Generator, tuple[int, ...], Sizes], Array]
+NORMAL = Draw(kind="normal")
+IN_SEQUENCE = Draw(kind="in_sequence")
+PADDING = Draw(kind="padding")
+
+
+def below(limit: int) -> Draw:
+    return Draw(kind="below", limit=limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Graph:
         traced: the sizes of the dynamic axes while tracing; 2 or more (0 and 1 would be frozen), no two alike
             where axes might be taken for one.
         checked: sizes at which the graph is compared: smallest, usual, largest.
+        axes: the range of each dynamic axis of the inputs that engines are built for.
     """
 
     name: str
@@ -55,33 +58,13 @@ class Graph:
     reference: Callable[..., tuple[Tensor, ...]]
     traced: Sizes
     checked: tuple[Sizes, ...]
+    axes: Mapping[str, AxisRange] = dataclasses.field(default_factory=dict)
 
 
 def random_inputs(graph: Graph, sizes: Sizes, seed: int) -> dict[str, Array]:
     """Random arrays for the graph's inputs at the given sizes of its dynamic axes."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for item in graph.inputs:
-        shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in item.shape)
-        arrays[item.name] = np.asarray(item.draw(rng, shape, sizes), dtype=item.dtype)
-    return arrays
-
-
-def normal(rng: np.random.Generator, shape: tuple[int, ...], _: Sizes) -> Array:
-    return rng.standard_normal(shape)
-
-
-def below(limit: int) -> Draw:
-    return lambda rng, shape, _: rng.integers(0, limit, shape)
-
-
-def in_sequence(rng: np.random.Generator, shape: tuple[int, ...], sizes: Sizes) -> Array:
-    return rng.integers(0, sizes["sequence"], shape)
-
-
-def padding_mask(rng: np.random.Generator, shape: tuple[int, ...], _: Sizes) -> Array:
-    lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
-    return np.arange(shape[1]) < lengths
+    specs = [item.spec for item in graph.inputs]
+    return draw_inputs(specs, {item.name: item.draw for item in graph.inputs}, sizes, seed)
 
 
 def outputs_from(**shapes: tuple[Axis, ...]) -> tuple[TensorSpec, ...]:

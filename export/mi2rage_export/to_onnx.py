@@ -12,12 +12,11 @@ from typing import Any
 
 from mi2rage_engines.errors import Mi2rageError, require
 from mi2rage_engines.spec import GraphSpec
+from mi2rage_export.finite import arguments_from
 from mi2rage_export.graphs import Graph, random_inputs
+from mi2rage_export.request import OPSET
 
-__all__ = ["OPSET", "export_graph", "save_model", "trace"]
-
-OPSET = 20
-"""GELU is one operator from 20 on; from 23 on TensorRT refuses fp32 `Attention` (ENGINES.md)."""
+__all__ = ["export_graph", "save_model", "trace"]
 
 EMBED_UP_TO_BYTES = 1_800_000_000
 """Weights above this go into a file of their own: protobuf ends at 2 GiB."""
@@ -61,7 +60,7 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
     import torch
 
     arrays = random_inputs(graph, graph.traced, seed=0)
-    arguments = tuple(torch.from_numpy(arrays[item.name]) for item in graph.inputs)
+    arguments = arguments_from(graph, arrays)
     try:
         with _silence(), torch.no_grad():
             program = torch.onnx.export(
@@ -82,8 +81,28 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
             "torch.export can trace; report it with the model's name and the versions that 'mi2rage-rt doctor' prints"
         ) from error
     assert program is not None
+    _promote(program.model)
     _tidy(program.model, graph)
     return program.model
+
+
+def _promote(model: Any) -> None:
+    """Cast the inputs of a `Concat` to what PyTorch promotes them to, which the exporter leaves out.
+
+    SDXL joins pooled text in fp16 with sinusoids in fp32.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph.all_nodes()):
+        wanted = node.outputs[0].dtype
+        if node.op_type != "Concat" or {value.dtype for value in node.inputs} == {wanted}:
+            continue
+        for index, value in enumerate(node.inputs):
+            if value.dtype != wanted:
+                cast = ir.node("Cast", [value], {"to": wanted}, name=f"{node.name}_promoted_{index}")
+                cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = cast.name, wanted, value.shape
+                node.graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
 
 
 def _tidy(model: Any, graph: Graph) -> None:
@@ -114,16 +133,23 @@ def save_model(model: Any, path: Path, *, embed_up_to_bytes: int = EMBED_UP_TO_B
     ir.save(model, path, external_data=path.name + EXTERNAL_SUFFIX if weights > embed_up_to_bytes else None)
 
 
-def export_graph(graph: Graph, path: Path, file: str) -> GraphSpec:
+def export_graph(graph: Graph, path: Path, file: str, opset: int = OPSET) -> GraphSpec:
     """Trace the graph's wrapper and write it as ONNX.
 
     Args:
         graph: what to export.
         path: the `.onnx` file to write.
         file: the same path as the manifest has it, relative to the bundle.
+        opset: of the file.
 
     Raises:
         MissingExtraError, Mi2rageError: see `trace`.
     """
-    save_model(trace(graph), path)
-    return GraphSpec(file=file, inputs=tuple(item.spec for item in graph.inputs), outputs=graph.outputs, opset=OPSET)
+    save_model(trace(graph, opset), path)
+    return GraphSpec(
+        file=file,
+        inputs=tuple(item.spec for item in graph.inputs),
+        outputs=graph.outputs,
+        opset=opset,
+        axes=dict(graph.axes),
+    )

@@ -47,7 +47,7 @@ def result(tmp_path: Path) -> DemoResult:
         ratio=Spread(median=1.5, p25=1.25, p75=1.75),
     )
     parity = ParityRecord(subject="classifier", measure="max_abs", value=1e-6, threshold=1e-4, passed=True, cases=3)
-    manifest = Manifest(schema_version=1, precision="fp32", source={}, tool_versions={}, parity=(parity,), files={})
+    manifest = Manifest(schema_version=2, source={}, tool_versions={}, parity=(parity,), files={})
     return DemoResult(
         config=DemoConfig(links=2),
         out=tmp_path,

@@ -61,7 +61,7 @@ def test_changed_files(bundle: Path) -> None:
 
 def test_another_version_is_told_before_anything_else(bundle: Path) -> None:
     _edit(bundle, lambda document: document.update(schema_version=99, something_new=1))
-    with pytest.raises(BundleError, match="schema version 99; this release reads 1"):
+    with pytest.raises(BundleError, match="schema version 99; this release reads 1 to 2"):
         open_manifest(bundle)
 
 
@@ -83,3 +83,18 @@ def test_a_manifest_that_is_no_json(bundle: Path) -> None:
     (bundle / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="damaged"):
         open_manifest(bundle)
+
+
+def test_a_bundle_of_the_first_schema_still_opens(bundle: Path) -> None:
+    def older(document: dict) -> None:
+        document["schema_version"] = 1
+        document["precision"] = "float32"
+        del document["licences"]
+        for component in ("generator", "captioner", "classifier"):
+            for graph in (document[component] or {"graphs": {}})["graphs"].values():
+                for key in ("precision", "kept_fp32", "axes"):
+                    del graph[key]
+
+    _edit(bundle, older)
+    manifest = open_manifest(bundle)
+    assert (manifest.schema_version, manifest.precision, manifest.licences) == (2, "fp32", {})

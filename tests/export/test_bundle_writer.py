@@ -14,6 +14,7 @@ from mi2rage_engines.bundle import Manifest
 from mi2rage_engines.errors import InputError, Mi2rageError, MissingExtraError, ModelFolderError, ParityError
 from mi2rage_export import bundle_writer
 from mi2rage_export.bundle_writer import export_bundle
+from mi2rage_export.request import ExportRequest, precisions_from_options
 from mi2rage_export.schedules import schedule_tables
 from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.generator import RuntimeGenerator
@@ -35,6 +36,10 @@ def test_the_layout_is_optimums(exported_bundle):
     files = {path.relative_to(exported_bundle).as_posix() for path in exported_bundle.rglob("*") if path.is_file()}
     assert files == {
         "bundle.json",
+        "parity/references.json",
+        *(f"parity/generator-{part}.npz" for part in ("text_encoder", "unet", "vae_decoder")),
+        *(f"parity/{name}.npz" for name in ("generator", "captioner-vision", "captioner-decoder")),
+        *(f"parity/{name}.npz" for name in ("classifier", "classifier-classifier")),
         "generator/model_index.json",
         "generator/scheduler/scheduler_config.json",
         "generator/tokenizer/merges.txt",
@@ -52,11 +57,8 @@ def test_the_layout_is_optimums(exported_bundle):
 
 
 def test_graphs_have_the_tensors_of_the_manifest(exported_bundle, manifest):
-    graphs = [
-        graph for name in ("generator", "captioner", "classifier") for graph in getattr(manifest, name).graphs.values()
-    ]
-    assert len(graphs) == 6
-    for graph in graphs:
+    assert len(manifest.graphs) == 6
+    for graph in manifest.graphs.values():
         model = onnx.load(exported_bundle / graph.file)
         onnx.checker.check_model(model)
         for values, specs in ((model.graph.input, graph.inputs), (model.graph.output, graph.outputs)):
@@ -70,7 +72,8 @@ def test_graphs_have_the_tensors_of_the_manifest(exported_bundle, manifest):
 
 def test_the_manifest_says_what_was_made_of_what(manifest, tiny_generator):
     assert manifest.source["generator"] == str(tiny_generator)
-    assert manifest.precision == "float32"
+    assert manifest.precision == "fp32"
+    assert manifest.licences == dict.fromkeys(("generator", "captioner", "classifier"), "unknown")
     assert {"python", "torch", "onnx", "onnxruntime", "diffusers"} <= manifest.tool_versions.keys()
     assert {record.subject for record in manifest.parity} == {
         "generator/text_encoder",
@@ -84,6 +87,7 @@ def test_the_manifest_says_what_was_made_of_what(manifest, tiny_generator):
         "classifier",
     }
     assert all(record.passed and record.cases >= 3 for record in manifest.parity)
+    assert {record.measure for record in manifest.checks} >= {"max_abs_scaled", "cosine", "image_psnr_db"}
     assert manifest.generator.latents.multiple == 2
     assert manifest.generator.latents.downsampling == 4
     assert (manifest.generator.steps, manifest.generator.guidance_scale) == (4, 2.0)
@@ -146,10 +150,10 @@ def test_a_bundle_that_is_there_stays_without_force(exported_bundle, tiny_captio
     folder = shutil.copytree(exported_bundle, tmp_path / "bundle")
     before = sorted(path.name for path in folder.rglob("*"))
     with pytest.raises(InputError, match="--force to replace it"):
-        export_bundle(folder, captioner=tiny_captioner)
-    monkeypatch.setattr(bundle_writer, "_export", _interrupt)
+        export_bundle(folder, ExportRequest(captioner=tiny_captioner))
+    monkeypatch.setattr(bundle_writer._Writer, "_export", _interrupt)
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(folder, captioner=tiny_captioner, force=True)
+        export_bundle(folder, ExportRequest(captioner=tiny_captioner), force=True)
     assert sorted(path.name for path in folder.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -172,65 +176,65 @@ def _never(*_: object) -> None:
     ],
 )
 def test_wrong_input_leaves_nothing(tmp_path, monkeypatch, arguments, error, message):
-    monkeypatch.setattr(bundle_writer, "_export", _never)
+    monkeypatch.setattr(bundle_writer._Writer, "_export", _never)
     with pytest.raises(error, match=message) as caught:
-        export_bundle(tmp_path / "bundle", **arguments)
+        export_bundle(tmp_path / "bundle", ExportRequest(**arguments))
     assert caught.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_cannot_be_exported_are_refused_before_anything_is_traced(tiny_generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_writer, "_export", _never)
+    monkeypatch.setattr(bundle_writer._Writer, "_export", _never)
 
     def refused(message: str, file: str, **changes: object) -> None:
         folder = shutil.copytree(tiny_generator, tmp_path / "changed")
         config = json.loads((folder / file).read_text(encoding="utf-8"))
         (folder / file).write_text(json.dumps(config | changes), encoding="utf-8")
         with pytest.raises(ModelFolderError, match=message):
-            export_bundle(tmp_path / "bundle", generator=folder)
+            export_bundle(tmp_path / "bundle", ExportRequest(generator=folder))
         shutil.rmtree(folder)
         assert list(tmp_path.iterdir()) == []
 
     refused("scheduler DDIMScheduler: its step is not affine", "scheduler/scheduler_config.json", thresholding=True)
-    refused("expected a Stable Diffusion pipeline", "model_index.json", _class_name="StableDiffusionXLPipeline")
+    refused("its class is FluxPipeline; expected", "model_index.json", _class_name="FluxPipeline")
 
 
 def test_a_multi_step_solver_is_refused_with_a_way_out(tiny_generator, tmp_path, monkeypatch):
     import diffusers
 
-    monkeypatch.setattr(bundle_writer, "_export", _never)
+    monkeypatch.setattr(bundle_writer._Writer, "_export", _never)
     folder = shutil.copytree(tiny_generator, tmp_path / "pndm")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", "PNDMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
     with pytest.raises(ModelFolderError, match=r"scheduler PNDMScheduler: calls the model .* --scheduler ddim"):
-        export_bundle(tmp_path / "bundle", generator=folder)
+        export_bundle(tmp_path / "bundle", ExportRequest(generator=folder))
     with pytest.raises(AssertionError, match="something was exported"):
-        export_bundle(tmp_path / "bundle", generator=folder, scheduler="euler")
+        export_bundle(tmp_path / "bundle", ExportRequest(generator=folder, scheduler="euler"))
 
 
 def test_a_graph_that_differs_is_not_written(tiny_captioner, tmp_path, monkeypatch):
     import torch
 
-    from mi2rage_export import wrappers
+    from mi2rage_export.families import blip
 
-    whole = wrappers.BlipVision.forward
+    whole = blip.BlipVision.forward
 
     def broken(self: object, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         keys, values = whole(self, pixel_values)
         return keys, values * 1.01
 
-    monkeypatch.setattr(wrappers.BlipVision, "forward", broken)
+    monkeypatch.setattr(blip.BlipVision, "forward", broken)
     with pytest.raises(ParityError, match=r"captioner/vision: max_abs_scaled is .*; the exported model answers diff"):
-        export_bundle(tmp_path / "bundle", captioner=tiny_captioner)
+        export_bundle(tmp_path / "bundle", ExportRequest(captioner=tiny_captioner))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mi2rage-rt\[export\]'"):
-        export_bundle(tmp_path / "bundle", classifier=tmp_path)
+        export_bundle(tmp_path / "bundle", ExportRequest(classifier=tmp_path))
 
 
 def test_the_command_prints_a_summary_or_the_manifest(exported_bundle, manifest, tmp_path, monkeypatch):
@@ -238,7 +242,7 @@ def test_the_command_prints_a_summary_or_the_manifest(exported_bundle, manifest,
 
     from mi2rage_export import commands
 
-    monkeypatch.setattr(bundle_writer, "export_bundle", lambda out, **_: manifest)
+    monkeypatch.setattr(bundle_writer, "export_bundle", lambda out, request, **_: manifest)
     app = typer.Typer()
     app.command()(commands.export)
     run = CliRunner().invoke(app, ["--out", str(tmp_path / "b"), "--captioner", "x"])
@@ -247,6 +251,33 @@ def test_the_command_prints_a_summary_or_the_manifest(exported_bundle, manifest,
     assert "captioner" in run.output
     run = CliRunner().invoke(app, ["--out", str(tmp_path / "b"), "--captioner", "x", "--json"])
     assert Manifest.model_validate_json(run.output) == manifest
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"opset": 26}, "opset 26: expected 18 to 25"),
+        ({"precisions": {"": "int8-qdq"}}, "give samples with --calibration"),
+        ({"precisions": {"unet": "fp16"}}, "precision of 'unet': no such graph here; expected one of captioner"),
+    ],
+)
+def test_requests_that_cannot_be_met(tiny_captioner, tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        export_bundle(tmp_path / "bundle", ExportRequest(captioner=tiny_captioner, **fields))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precisions_by_graph_component_or_for_all():
+    request = ExportRequest(
+        captioner="x", precisions=precisions_from_options(["fp16", "generator=fp32", "vae_decoder=bf16"])
+    )
+    names = ("generator/unet", "generator/vae_decoder", "captioner/vision")
+    assert [request.precision_of(name) for name in names] == ["fp32", "bf16", "fp16"]
+    for option in ("half", "unet=half", "=fp16"):
+        with pytest.raises(InputError, match="expected one of fp32, fp16, bf16, int8-weights"):
+            precisions_from_options([option])
+    with pytest.raises(InputError, match="was given before"):
+        precisions_from_options(["unet=fp16", "unet=fp32"])
 
 
 def test_the_errors_are_of_the_one_tree():

@@ -11,9 +11,11 @@ import torch
 
 from mi2rage_engines.errors import Mi2rageError
 from mi2rage_engines.ort_engine import OrtEngine
-from mi2rage_export.components import captioner_graphs, generator_graphs
+from mi2rage_engines.spec import GraphSpec
+from mi2rage_export.families import family_of
 from mi2rage_export.graphs import random_inputs
-from mi2rage_export.parity import check_graph
+from mi2rage_export.parity import check_graph, demand
+from mi2rage_export.recording import record_graph
 from mi2rage_export.to_onnx import export_graph, save_model, trace
 from mi2rage_training.pytorch_models import TorchGenerator
 from tests.models.tiny_generator import build_generator
@@ -21,7 +23,7 @@ from tests.models.tiny_generator import build_generator
 
 @pytest.fixture(scope="module")
 def text_encoder(generator):
-    return generator_graphs(generator)[0]
+    return family_of("generator", generator).graphs(generator)[0]
 
 
 def test_the_same_module_gives_the_same_bytes_and_large_weights_stand_apart(
@@ -37,20 +39,26 @@ def test_the_same_module_gives_the_same_bytes_and_large_weights_stand_apart(
     save_model(model, tmp_path / "large" / "model.onnx", embed_up_to_bytes=1000)
     assert sorted(path.name for path in (tmp_path / "large").iterdir()) == ["model.onnx", "model.onnx_data"]
     onnx.checker.check_model(tmp_path / "large" / "model.onnx")
-    assert check_graph(text_encoder, tmp_path / "large" / "model.onnx").passed
+    _demand_parity(text_encoder, tmp_path / "large" / "model.onnx")
+
+
+def _demand_parity(graph, path):
+    reference = record_graph(graph, path.parent, seed=0)
+    spec = GraphSpec(file=path.name, inputs=tuple(item.spec for item in graph.inputs), outputs=graph.outputs, opset=20)
+    demand(check_graph(OrtEngine(path), graph.name, spec, reference, path.parent))
 
 
 def test_the_tiny_autoencoder_too(tmp_path):
     generator = TorchGenerator.from_folder(build_generator(tmp_path / "taesd", vae="tiny"), device="cpu")
-    graph = generator_graphs(generator)[2]
+    graph = family_of("generator", generator).graphs(generator)[2]
     spec = export_graph(graph, tmp_path / "vae.onnx", "vae.onnx")
     assert [tensor.name for tensor in (*spec.inputs, *spec.outputs)] == ["latent_sample", "sample"]
-    assert check_graph(graph, tmp_path / "vae.onnx").passed
+    _demand_parity(graph, tmp_path / "vae.onnx")
 
 
 def test_one_decoder_graph_serves_prefill_and_every_step(captioner, exported_bundle):
     """Five tokens at once, and the same one by one from an empty past, give the same logits within 1e-4."""
-    graph = captioner_graphs(captioner)[1]
+    graph = family_of("captioner", captioner).graphs(captioner)[1]
     engine = OrtEngine(exported_bundle / "captioner" / "decoder.onnx")
     inputs = random_inputs(graph, {"batch": 2, "sequence": 5, "past": 0}, seed=0)
     whole = engine.run(inputs)

@@ -14,8 +14,10 @@ PIXELS = 24
 MAX_NEW_TOKENS = 12
 
 
-def build_captioner(folder: Path, *, seed: int = 0, positions: int = 32) -> Path:
-    """Write a random captioner: 24 px images in patches of 8, two text layers."""
+def build_captioner(
+    folder: Path, *, seed: int = 0, positions: int = 32, vision_width: int = 32, vision_heads: int = 4
+) -> Path:
+    """Write a random captioner: 24 px images in patches of 8, two text layers of width 32 with 4 heads."""
     import torch
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
@@ -25,7 +27,7 @@ def build_captioner(folder: Path, *, seed: int = 0, positions: int = 32) -> Path
     text = BlipTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
-        encoder_hidden_size=32,
+        encoder_hidden_size=vision_width,
         intermediate_size=64,
         projection_dim=32,
         num_hidden_layers=2,
@@ -38,10 +40,10 @@ def build_captioner(folder: Path, *, seed: int = 0, positions: int = 32) -> Path
         initializer_range=0.5,  # the usual 0.02 makes every caption the same token over and over
     )
     vision = BlipVisionConfig(
-        hidden_size=32,
+        hidden_size=vision_width,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=vision_heads,
         image_size=PIXELS,
         patch_size=8,
         initializer_range=0.2,  # the default, 1e-10, leaves the vision tower blind

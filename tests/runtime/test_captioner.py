@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mi2rage_engines.errors import DataError, EngineError, InputError
+from mi2rage_engines.spec import AxisRange, TensorSpec
 from mi2rage_rt import noise
 from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.captioner import CaptionOptions, RuntimeCaptioner
@@ -93,3 +94,47 @@ def test_nan_logits_are_told(captioner: RuntimeCaptioner) -> None:
     captioner._decoder.run = lambda inputs: {**run(inputs), "logits": np.full((1, 1, 9), np.nan)}  # type: ignore
     with pytest.raises(EngineError, match="NaN"):
         captioner.caption([BRIGHT])
+
+
+class VisionWithPreprocessing:
+    """A vision graph that begins with the image; its cross states are each image's mean level, less 100."""
+
+    name = "vision"
+    inputs = tuple(
+        TensorSpec(name=name, dtype=dtype, shape=shape)
+        for name, dtype, shape in (
+            ("image", "uint8", ("batch", "image_height", "image_width", 3)),
+            ("rows", "float32", (6, "image_height")),
+            ("columns", "float32", (6, "image_width")),
+        )
+    )
+    outputs = tuple(
+        TensorSpec(name=name, dtype="float32", shape=(1, "batch", 1, 1, 1)) for name in ("cross_keys", "cross_values")
+    )
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.shapes.append(inputs["image"].shape)
+        levels = inputs["rows"] @ (inputs["image"].transpose(0, 3, 1, 2) @ inputs["columns"].T)
+        means = levels.mean((1, 2, 3)).astype(np.float32).reshape(1, -1, 1, 1, 1) - 100
+        return {"cross_keys": means, "cross_values": means}
+
+
+def test_a_graph_with_preprocessing_is_given_images_by_size(captioner: RuntimeCaptioner) -> None:
+    vision, spec = VisionWithPreprocessing(), captioner.spec
+    axes = {"image_height": AxisRange(min=1, opt=8, max=10), "image_width": AxisRange(min=1, opt=8, max=10)}
+    graphs = {**spec.graphs, "vision": spec.graphs["vision"].model_copy(update={"axes": axes})}
+    inside = RuntimeCaptioner(
+        spec.model_copy(update={"graphs": graphs}),
+        {"vision": vision, "decoder": captioner._decoder},
+        captioner._tokenizer,
+    )
+    wide, large = np.full((7, 9, 3), 255, np.uint8), np.full((40, 40, 3), 255, np.uint8)
+    images = [wide, DARK, wide, large, DARK, BRIGHT]  # the last is resized by rows first
+    assert inside.caption(images) == captioner.caption(images)
+    assert vision.shapes == [(2, 7, 9, 3), (2, 5, 8, 3), (2, 6, 6, 3)]
+    vision.inputs = vision.inputs[:2]
+    with pytest.raises(EngineError, match="has no input columns"):
+        RuntimeCaptioner(spec, {"vision": vision, "decoder": captioner._decoder}, captioner._tokenizer)

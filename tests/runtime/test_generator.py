@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mi2rage_engines.errors import DataError, EngineError, InputError
+from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError
 from mi2rage_engines.spec import TensorSpec
 from mi2rage_rt import noise
 from mi2rage_rt.bundle import Bundle
@@ -36,18 +37,19 @@ def parts(bundle_folder: Path) -> RuntimeGenerator:
 @pytest.fixture
 def generator(parts: RuntimeGenerator) -> RuntimeGenerator:
     engines = {
-        "text_encoder": Watched(parts._text_encoder),
+        "text_encoder": Watched(parts._text_encoders[0]),
         "unet": Watched(parts._unet),
         "vae_decoder": Watched(parts._vae_decoder),
     }
-    return RuntimeGenerator(parts.spec, engines, parts._tokenizer)
+    return RuntimeGenerator(parts.spec, engines, parts._tokenizers[0])
 
 
 def by_hand(generator: RuntimeGenerator, prompt: str, seed: int, steps: int, guidance: float) -> np.ndarray:
     """The tiny bundle's formula, row by row."""
     table = next(table for table in generator.spec.schedules if table.steps == steps)
     states = {
-        text: generator._text_encoder.run({"input_ids": generator._tokenizer.encode([text])}) for text in (prompt, "")
+        text: generator._text_encoders[0].run({"input_ids": generator._tokenizers[0].encode([text])})
+        for text in (prompt, "")
     }
     towards, without = (states[text]["last_hidden_state"].mean() for text in (prompt, ""))
     context = without + guidance * (towards - without)
@@ -75,7 +77,7 @@ def test_guidance_is_one_call_a_step_and_left_out_at_one(generator: RuntimeGener
     generator.generate(["a"], [0])
     assert [call["sample"].shape[0] for call in generator._unet.calls] == [2, 2, 2]
     states = generator._unet.calls[0]["encoder_hidden_states"]
-    empty = generator._text_encoder.run({"input_ids": generator._tokenizer.encode([""])})["last_hidden_state"]
+    empty = generator._text_encoders[0].run({"input_ids": generator._tokenizers[0].encode([""])})["last_hidden_state"]
     np.testing.assert_array_equal(states[0], empty[0])
     generator._unet.calls.clear()
     generator.generate(["a"], [0], GenerateOptions(guidance_scale=1.0))
@@ -84,7 +86,7 @@ def test_guidance_is_one_call_a_step_and_left_out_at_one(generator: RuntimeGener
 
 def test_equal_prompts_are_encoded_once_and_batches_are_bounded(generator: RuntimeGenerator) -> None:
     images = generator.generate(["a", "dog"] * 5, range(10), GenerateOptions(batch_size=4, guidance_scale=1.0))
-    assert [len(call["input_ids"]) for call in generator._text_encoder.calls] == [2]
+    assert [len(call["input_ids"]) for call in generator._text_encoders[0].calls] == [2]
     assert [len(call["latent_sample"]) for call in generator._vae_decoder.calls] == [4, 4, 2]
     alone = generator.generate(["dog"], [7], GenerateOptions(guidance_scale=1.0))
     np.testing.assert_array_equal(images[7], alone[0])
@@ -110,7 +112,7 @@ def test_unusable_arguments(generator: RuntimeGenerator) -> None:
 
 @pytest.mark.parametrize(("dtype", "shape"), [("int64", (1,)), ("int64", ()), ("float32", (1,))])
 def test_the_timestep_is_as_the_graph_wants_it(generator: RuntimeGenerator, dtype: str, shape: tuple[int, ...]) -> None:
-    generator._timestep = TensorSpec(name="timestep", dtype=dtype, shape=shape)
+    generator._unet_inputs["timestep"] = TensorSpec(name="timestep", dtype=dtype, shape=shape)
     seen: list[np.ndarray] = []
     run = generator._unet.run
 
@@ -133,6 +135,100 @@ def test_nan_is_no_image(generator: RuntimeGenerator) -> None:
 def test_a_generator_on_pixels_needs_no_vae(parts: RuntimeGenerator) -> None:
     latents = parts.spec.latents.model_copy(update={"channels": 12, "downsampling": 2})
     spec = parts.spec.model_copy(update={"latents": latents})
-    engines = {"text_encoder": parts._text_encoder, "unet": parts._unet}
-    pixels = RuntimeGenerator(spec, engines, parts._tokenizer)._decode(np.zeros((1, 3, 4, 4), np.float32))
+    engines = {"text_encoder": parts._text_encoders[0], "unet": parts._unet}
+    pixels = RuntimeGenerator(spec, engines, parts._tokenizers[0])._decode(np.zeros((1, 3, 4, 4), np.float32))
     assert (pixels == 128).all()
+
+
+class Made:
+    """An engine of Python functions: named arrays in, named arrays out."""
+
+    def __init__(self, inputs: dict[str, tuple[Any, ...]], outputs: dict[str, Any]) -> None:
+        self.name = "made"
+        kinds = {"input_ids": "int64"}
+        self.inputs = tuple(TensorSpec(name=n, dtype=kinds.get(n, "float32"), shape=s) for n, s in inputs.items())
+        self.outputs = tuple(TensorSpec(name=n, dtype="float32", shape=("batch",)) for n in outputs)
+        self._functions = outputs
+        self.calls: list[dict[str, np.ndarray]] = []
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls.append(dict(inputs))
+        return {name: function(inputs) for name, function in self._functions.items()}
+
+
+def _states(width: int, factor: float) -> Any:
+    return lambda inputs: np.repeat(inputs["input_ids"][:, :, None].astype(np.float32), width, axis=2) * factor
+
+
+def _unet(**further: tuple[Any, ...]) -> Made:
+    shapes: dict[str, tuple[Any, ...]] = {
+        "sample": ("batch", 12, "height", "width"),
+        "timestep": (),
+        "encoder_hidden_states": ("batch", "sequence", 4),
+    }
+    return Made(shapes | further, {"out_sample": lambda inputs: inputs["sample"] * 0.5})
+
+
+def _two_encoders() -> dict[str, Made]:
+    ids: dict[str, tuple[Any, ...]] = {"input_ids": ("batch", "sequence")}
+    pooled = lambda inputs: np.stack([inputs["input_ids"].sum(1)] * 5, 1).astype(np.float32)  # noqa: E731
+    return {
+        "text_encoder": Made(ids, {"last_hidden_state": _states(3, 9.0), "hidden_states.1": _states(3, 1.0)}),
+        "text_encoder_2": Made(ids, {"text_embeds": pooled, "hidden_states.2": _states(2, 10.0)}),
+        "unet": _unet(text_embeds=("batch", 5), time_ids=("batch", 6)),
+    }
+
+
+def _xl(parts: RuntimeGenerator, engines: dict[str, Made], **changes: Any) -> RuntimeGenerator:
+    names = {"text_outputs": ("hidden_states.1", "hidden_states.2"), "guidance_scale": 2.0}
+    second = copy.copy(parts._tokenizers[0])
+    second.pad_id = 7
+    spec = parts.spec.model_copy(update={**names, **changes})
+    return RuntimeGenerator(
+        spec, {**engines, "vae_decoder": parts._vae_decoder}, parts._tokenizers[0], tokenizer_2=second
+    )
+
+
+@pytest.mark.parametrize("zero_negative", [True, False])
+def test_two_text_encoders_are_joined_and_their_pooled_text_goes_to_the_unet(
+    parts: RuntimeGenerator, zero_negative: bool
+) -> None:
+    engines = _two_encoders()
+    _xl(parts, engines, zero_negative=zero_negative).generate(["dog", "red"], [1, 2])
+    given = engines["unet"].calls[0]
+    ids = [parts._tokenizers[0].encode([text]) for text in ("", "dog", "red")]
+    padded = [np.where(np.arange(row.shape[1]) < (row != 0).sum(), row, 7) for row in ids]
+    for row, (first, second) in enumerate([(0, 0), (0, 0), (1, 1), (2, 2)]):
+        states = np.concatenate([np.tile(ids[first].T, 3), np.tile(padded[second].T * 10, 2)], 1)
+        pooled = np.full(5, padded[second].sum())
+        if row < 2 and zero_negative:
+            states, pooled = states * 0, pooled * 0
+        np.testing.assert_array_equal(given["encoder_hidden_states"][row], states)
+        np.testing.assert_array_equal(given["text_embeds"][row], pooled)
+    np.testing.assert_array_equal(given["time_ids"], [[4, 4, 0, 0, 4, 4]] * 4)
+    assert len(engines["unet"].calls) == 3
+
+
+def test_a_unet_that_is_told_the_guidance_is_not_guided(parts: RuntimeGenerator) -> None:
+    unet = _unet(timestep_cond=("batch", 9))
+    engines = {"text_encoder": parts._text_encoders[0], "unet": unet, "vae_decoder": parts._vae_decoder}
+    runtime = RuntimeGenerator(parts.spec, engines, parts._tokenizers[0])
+    runtime.generate(["a", "dog"], [1, 2], GenerateOptions(guidance_scale=1.5))
+    angles = 500.0 * np.exp(-np.log(10000.0) / 3 * np.arange(4))
+    expected = np.concatenate([np.sin(angles), np.cos(angles), [0]])
+    assert [len(call["sample"]) for call in unet.calls] == [2, 2, 2]
+    # float32: angles of 500 are known to 3e-5.
+    np.testing.assert_allclose(unet.calls[0]["timestep_cond"], [expected] * 2, atol=1e-4)
+
+
+def test_graphs_that_do_not_fit_are_refused(parts: RuntimeGenerator) -> None:
+    engines = _two_encoders()
+    with pytest.raises(BundleError, match="1 text_outputs, 2 text encoders and 2 tokenizers"):
+        _xl(parts, engines, text_outputs=("last_hidden_state",))
+    with pytest.raises(EngineError, match=r"has no output hidden_states\.9; its outputs are"):
+        _xl(parts, engines, text_outputs=("hidden_states.9", "hidden_states.2"))
+    with pytest.raises(EngineError, match="takes image_embeds, which this release does not give"):
+        _xl(parts, {**engines, "unet": _unet(image_embeds=("batch", 2))})
+    bare = {**engines, "text_encoder_2": engines["text_encoder"]}
+    with pytest.raises(EngineError, match="has no output text_embeds"):
+        _xl(parts, bare, text_outputs=("hidden_states.1", "hidden_states.1"))

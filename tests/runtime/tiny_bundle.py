@@ -296,7 +296,6 @@ def build_bundle(folder: Path, parts: tuple[str, ...] = ("generator", "captioner
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         **components,
-        precision="float32",
         source={"generator": "hand-made"},
         tool_versions={"onnx": onnx.__version__},
         parity=(

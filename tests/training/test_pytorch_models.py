@@ -17,7 +17,7 @@ from mi2rage_training.pytorch_captioner import TorchCaptioner
 from mi2rage_training.pytorch_models import TorchGenerator, resolve
 from mi2rage_training.samplers import scheduler_noise
 from tests.models.tiny_captioner import random_images
-from tests.models.tiny_generator import build_generator
+from tests.models.tiny_generator import build_generator, build_lcm, build_xl
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,51 @@ def test_stochastic_steps_draw_from_the_rows_seeds(tmp_path, name):
     together, alone = generator.generate(["a dog", "a dog"], [1, 2]), generator.generate(["a dog"], [2])
     assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1
     assert np.abs(together[0].astype(int) - together[1].astype(int)).mean() > 2
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "usual"),
+    [(build_xl, "StableDiffusionXLPipeline", (20, 5.0)), (build_lcm, "LatentConsistencyModelPipeline", (4, 8.5))],
+)
+def test_sdxl_and_lcm(tmp_path, build, kind, usual):
+    folder = build(tmp_path / "model")
+    generator = TorchGenerator.from_folder(folder, device="cpu")
+    assert type(generator.pipeline).__name__ == kind
+    together, alone = generator.generate(["a dog", "a red car"], [1, 2]), generator.generate(["a red car"], [2])
+    assert together.shape == (2, 24, 24, 3)
+    assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1
+    (folder / "mi2rage.json").unlink()
+    plain = TorchGenerator.from_folder(folder, device="cpu")
+    assert (plain.settings.steps, plain.settings.guidance_scale, plain.settings.height) == (*usual, 24)
+
+
+def test_a_turbo_model_is_known_by_its_name(tiny_generator, tmp_path):
+    folder = shutil.copytree(tiny_generator, tmp_path / "SD-Turbo")
+    (folder / "mi2rage.json").unlink()
+    settings = TorchGenerator.from_folder(folder, device="cpu").settings
+    assert (settings.steps, settings.guidance_scale) == (1, 0.0)
+    assert TorchGenerator.from_folder(folder, device="cpu", steps=4).settings.steps == 4
+
+
+def test_what_does_not_make_images_from_text_alone_is_refused(tmp_path):
+    folder = build_generator(tmp_path / "inpainting", unet_options={"in_channels": 9})
+    with pytest.raises(ModelFolderError, match="takes 9 channels and gives 4; expected a text-to-image UNet"):
+        TorchGenerator.from_folder(folder, device="cpu")
+    lcm = build_lcm(tmp_path / "lcm")
+    with pytest.raises(ModelFolderError, match="with EulerDiscreteScheduler; expected LCMScheduler; leave --scheduler"):
+        TorchGenerator.from_folder(lcm, device="cpu", scheduler="euler")
+    assert TorchGenerator.from_folder(lcm, device="cpu", scheduler="lcm").settings.steps == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["PixArtAlphaPipeline", "StableDiffusion3Pipeline", "StableDiffusionControlNetPipeline"]
+)
+def test_other_pipelines_are_refused_with_those_that_can_be_run(tiny_generator, tmp_path, name):
+    folder = shutil.copytree(tiny_generator, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}), encoding="utf-8")
+    with pytest.raises(ModelFolderError, match=f"its class is {name}; expected .*XLPipeline, LatentConsistency"):
+        TorchGenerator.from_folder(folder, device="cpu")
 
 
 def test_scheduler_noise_is_numbered_by_step_and_taken_back():

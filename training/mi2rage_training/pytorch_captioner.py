@@ -1,4 +1,4 @@
-"""transformers' BLIP behind the runtime's protocol; draws are keyed as in `mi2rage_rt.decoding`."""
+"""transformers' captioners behind the runtime's protocol; draws are keyed as in `mi2rage_rt.decoding`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi2rage_engines.errors import DataError, InputError, ModelFolderError, require
+from mi2rage_training.captioner_kinds import EXPECTED, check_kind, frame_of
 from mi2rage_training.pytorch_sources import (
     default_device,
     dtype_for,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["CaptionDecoding", "TorchCaptioner"]
+
+DEFAULT_NEW_TOKENS = 20
 
 SETTINGS_NAME = "mi2rage.json"
 """Optional file of a captioner's folder: `{"text_prefixes": [..]}`."""
@@ -70,7 +73,7 @@ def _text_prefixes(folder: Path) -> tuple[str, ...]:
 
 
 class TorchCaptioner:
-    """transformers' `BlipForConditionalGeneration` as `ImageToText`.
+    """transformers' `BlipForConditionalGeneration` or `VisionEncoderDecoderModel` as `ImageToText`.
 
     Attributes:
         name: the hub id, or the folder's name.
@@ -78,7 +81,8 @@ class TorchCaptioner:
         tokenizer: as the runtime reads it.
         tokenizer_file: its `tokenizer.json`.
         preprocessing: how images become `pixel_values`.
-        bos_id, eos_id, pad_id: BLIP's `[DEC]`, `[SEP]` and `[PAD]`.
+        bos_id, eos_id, pad_id: BLIP's `[DEC]`, `[SEP]` and `[PAD]`, or the decoder's start, end and padding.
+        max_length: ids that a caption may hold, the first one included.
         max_new_tokens: tokens written after the prefix, at most.
         decoding: how captions are decoded.
         text_prefixes: the prefixes that the folder's own `mi2rage.json` proposes for texts about entity pairs, if any.
@@ -90,7 +94,7 @@ class TorchCaptioner:
         module: Any,
         tokenizer_file: Path,
         preprocessing: ImagePreprocessing,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         decoding: CaptionDecoding | None = None,
     ) -> None:
         from mi2rage_engines.spec import TokenizerSpec
@@ -100,10 +104,10 @@ class TorchCaptioner:
         self.module = module.eval()
         self.tokenizer_file = tokenizer_file
         self.preprocessing = preprocessing
-        text = self.module.config.text_config
-        self.bos_id, self.eos_id, self.pad_id = int(text.bos_token_id), int(text.sep_token_id), int(text.pad_token_id)
-        self.max_length = int(text.max_position_embeddings)
-        self.max_new_tokens = max_new_tokens
+        frame = frame_of(name, self.module, preprocessing)
+        self.bos_id, self.eos_id, self.pad_id = frame.bos_id, frame.eos_id, frame.pad_id
+        self.max_length = frame.positions
+        self.max_new_tokens = max_new_tokens or frame.max_new_tokens or DEFAULT_NEW_TOKENS
         self.decoding = decoding or CaptionDecoding()
         self.text_prefixes = _text_prefixes(tokenizer_file.parent)
         spec = TokenizerSpec(file=tokenizer_file.name, max_length=self.max_length, pad_id=self.pad_id)
@@ -127,30 +131,28 @@ class TorchCaptioner:
             decoding: default greedy without seeds, the nucleus of 0.9 with them.
 
         Raises:
-            ModelFolderError: nothing there, not a `BlipForConditionalGeneration`, or a file of it cannot be read.
+            ModelFolderError: nothing there, not a kind of captioner that can be loaded (the message names those that
+                can), or a file of it cannot be read.
         """
         transformers = require("transformers", "train")
 
         from mi2rage_rt.images import preprocessing_from_folder
 
         source = resolve(name_or_folder, "captioner")
-        expected = "a BLIP captioner (config.json with the architecture BlipForConditionalGeneration)"
         device = device or default_device()
-        with loading(source, expected):
-            found = transformers.PretrainedConfig.get_config_dict(source)[0].get("architectures") or ["unknown"]
-            if "BlipForConditionalGeneration" in found:
-                module = transformers.BlipForConditionalGeneration.from_pretrained(
-                    source, dtype=dtype or dtype_for(device)
-                ).to(device)
-                files = small_files(source)
-        if "BlipForConditionalGeneration" not in found:
-            raise ModelFolderError(f"{source}: its class is {found[0]}; expected {expected}; give another captioner")
-        limit = max_new_tokens or module.generation_config.max_new_tokens or 20
+        with loading(source, EXPECTED):
+            config = transformers.PretrainedConfig.get_config_dict(source)[0]
+        architecture = check_kind(source, config)
+        with loading(source, EXPECTED):
+            module = getattr(transformers, architecture).from_pretrained(source, dtype=dtype or dtype_for(device))
+            module = module.to(device)
+            files = small_files(source)
         name = Path(source).name if Path(source).is_dir() else source
-        return cls(name, module, files / "tokenizer.json", preprocessing_from_folder(files), limit, decoding)
+        preprocessing = preprocessing_from_folder(files)
+        return cls(name, module, files / "tokenizer.json", preprocessing, max_new_tokens, decoding)
 
     def prompt_ids(self, prefix: str) -> list[int]:
-        """The ids that decoding starts from: `[DEC]`, then the prefix's ids."""
+        """The ids that decoding starts from: `bos_id`, then the prefix's ids."""
         return [self.bos_id, *self.tokenizer.bare_ids(prefix)]
 
     def caption(
@@ -190,7 +192,7 @@ class TorchCaptioner:
     def generate_ids(
         self, images: Sequence[Image], prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """The ids after `[DEC]` and before `[SEP]`, prefix included, of each row.
+        """The ids after `bos_id` and before `eos_id`, prefix included, of each row.
 
         Args:
             images: uint8 `(H, W, 3)` each.
@@ -209,19 +211,26 @@ class TorchCaptioner:
                 f"{self.name}: a prefix of {start.shape[1]} tokens leaves no room; expected a shorter one "
                 f"(the model has {self.max_length} positions)"
             )
-        # BLIP's generate drops the last column of what it is given (the tokenizer's [SEP]) and sets the first.
-        padded = torch.nn.functional.pad(start, (0, 1), value=self.eos_id)
         with torch.inference_mode(), quiet_loading():
             output = self.module.generate(
-                pixels.to(self.module.device, self.module.dtype),
-                padded,
-                attention_mask=torch.ones_like(padded),
+                pixel_values=pixels.to(self.module.device, self.module.dtype),
+                **self._begun(start),
                 num_beams=self.decoding.beams if seeds is None else 1,
                 do_sample=False,
                 max_new_tokens=min(self.max_new_tokens, room),
                 logits_processor=None if seeds is None else [self._sampler(seeds, start.shape[1])],
             )
         return [_between(row, self.eos_id) for row in output.tolist()]
+
+    def _begun(self, start: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`start` int64 `(B, L)`, as the model's `generate` wants to be told what captions begin with."""
+        import torch
+
+        if self.module.config.model_type != "blip":
+            return {"decoder_input_ids": start}
+        # BLIP's generate drops the last column of what it is given (the tokenizer's [SEP]) and sets the first.
+        padded = torch.nn.functional.pad(start, (0, 1), value=self.eos_id)
+        return {"input_ids": padded, "attention_mask": torch.ones_like(padded)}
 
     def _sampler(self, seeds: Sequence[int], start: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """A logits processor that leaves only the token which the runtime's own sampling chooses."""

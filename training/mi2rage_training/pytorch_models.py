@@ -32,7 +32,33 @@ from mi2rage_training.samplers import scheduler_class, scheduler_noise
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EMBEDDED", "TorchGenerator", "quiet_loading", "resolve"]
+__all__ = [
+    "EMBEDDED",
+    "PIPELINES",
+    "GeneratorSettings",
+    "TorchGenerator",
+    "quiet_loading",
+    "resolve",
+    "usual_settings",
+]
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+"""The pipelines of diffusers that `TorchGenerator` runs."""
+
+_NO_CHECKS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": _NO_CHECKS,
+    # Off even where the watermark's package is installed: images must not depend on that.
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+    "LatentConsistencyModelPipeline": _NO_CHECKS,
+}
+
+_DEFAULTS: dict[str, tuple[int, float]] = {
+    "StableDiffusionPipeline": (20, 7.5),
+    "StableDiffusionXLPipeline": (20, 5.0),
+    "LatentConsistencyModelPipeline": (4, 8.5),
+}
+"""Steps and guidance scale of each kind."""
 
 SETTINGS_NAME = "mi2rage.json"
 """Optional file of a generator's folder: `{"steps": .., "guidance_scale": .., "height": .., "width": ..}`."""
@@ -40,7 +66,10 @@ SETTINGS_NAME = "mi2rage.json"
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorSettings:
-    """How images are sampled; sizes in pixels. A `guidance_scale` of 1 or less means no guidance."""
+    """How images are sampled; sizes in pixels.
+
+    A `guidance_scale` of 1 or less means no guidance, except where the UNet itself is told the scale (LCM).
+    """
 
     steps: int
     guidance_scale: float
@@ -48,15 +77,20 @@ class GeneratorSettings:
     width: int
 
 
-def _settings(folder: str, pipeline: Any, given: dict[str, Any]) -> GeneratorSettings:
+def usual_settings(name: str, pipeline: Any) -> GeneratorSettings:
+    """What is usual for a pipeline's kind: steps and guidance of `_DEFAULTS`, the size that the UNet was trained for.
+
+    Nothing in a turbo model's files tells it from another: it is known by its name, whose end is `turbo`.
+    """
     size = pipeline.unet.config.sample_size
     rows, columns = (size, size) if isinstance(size, int) else (size[0], size[1])
-    values: dict[str, Any] = {
-        "steps": 20,
-        "guidance_scale": 7.5,
-        "height": rows * pipeline.vae_scale_factor,
-        "width": columns * pipeline.vae_scale_factor,
-    }
+    steps, guidance_scale = (1, 0.0) if name.lower().endswith("turbo") else _DEFAULTS[type(pipeline).__name__]
+    scale = int(pipeline.vae_scale_factor)
+    return GeneratorSettings(steps, guidance_scale, height=rows * scale, width=columns * scale)
+
+
+def _settings(folder: str, pipeline: Any, given: dict[str, Any]) -> GeneratorSettings:
+    values = dataclasses.asdict(usual_settings(Path(folder).name, pipeline))
     path = Path(folder) / SETTINGS_NAME
     if path.is_file():
         try:
@@ -71,13 +105,31 @@ def _settings(folder: str, pipeline: Any, given: dict[str, Any]) -> GeneratorSet
     return GeneratorSettings(**values)
 
 
+def _refuse_misfits(name: str, pipeline: Any) -> None:
+    unet = pipeline.unet.config
+    if unet.in_channels != unet.out_channels:
+        raise ModelFolderError(
+            f"{name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}; expected a "
+            "text-to-image UNet (in-painting and the like are not supported); give another generator"
+        )
+    scheduler = type(pipeline.scheduler).__name__
+    if type(pipeline).__name__ == "LatentConsistencyModelPipeline" and scheduler != "LCMScheduler":
+        raise ModelFolderError(
+            f"{name}: a latent consistency model with {scheduler}; expected LCMScheduler; leave --scheduler out"
+        )
+
+
 class TorchGenerator:
-    """A Stable Diffusion pipeline of diffusers as `TextToImage`.
+    """A pipeline of diffusers as `TextToImage`: Stable Diffusion 1 and 2, SDXL, their turbo and LCM variants.
 
     Attributes:
         name: the hub id, or the folder's name.
-        pipeline: the `StableDiffusionPipeline`, without its safety checker.
+        pipeline: one of `PIPELINES`, without safety checker and watermark.
         settings: steps, guidance scale and image size.
+
+    Raises:
+        ModelFolderError: the UNet does not make images from text alone, the sampler does not fit the pipeline, or the
+            image size is no multiple of 8.
     """
 
     def __init__(self, name: str, pipeline: Any, settings: GeneratorSettings) -> None:
@@ -85,6 +137,7 @@ class TorchGenerator:
         self.pipeline = pipeline
         self.settings = settings
         pipeline.set_progress_bar_config(disable=True)
+        _refuse_misfits(name, pipeline)
         scale = pipeline.vae_scale_factor
         if settings.height % 8 or settings.width % 8:
             raise ModelFolderError(
@@ -111,30 +164,30 @@ class TorchGenerator:
     ) -> TorchGenerator:
         """Load a pipeline from a folder, the hub, or (`embedded`) from the package.
 
-        What is not given comes from the folder's `mi2rage.json`, else 20 steps, guidance 7.5, the UNet's own size.
+        What is not given comes from the folder's `mi2rage.json`, else it is usual for the kind: 20 steps and guidance
+        7.5 (SDXL 5), for an LCM 4 and 8.5, without guidance in 1 step where the name ends in `turbo`; the UNet's size.
 
         Args:
             device, dtype: default CUDA and float16 where there is a GPU, else the CPU and float32.
             scheduler: one of `SCHEDULERS`, in place of the pipeline's own.
 
         Raises:
-            ModelFolderError: nothing there, not a `StableDiffusionPipeline`, or a file of it cannot be read.
+            ModelFolderError: nothing there, not one of `PIPELINES`, or a file of it cannot be read.
         """
         diffusers = require("diffusers", "train")
         require("transformers", "train")
         source = resolve(name_or_folder, "generator")
-        expected = "a Stable Diffusion pipeline (model_index.json with _class_name StableDiffusionPipeline)"
+        expected = f"a Stable Diffusion pipeline (model_index.json with _class_name {', '.join(PIPELINES)})"
         device = device or default_device()
         with loading(source, expected):
             found = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
-            if found == "StableDiffusionPipeline":
-                pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-                    source,
-                    safety_checker=None,
-                    feature_extractor=None,
-                    requires_safety_checker=False,
-                ).to(device, dtype or dtype_for(device))
-        if found != "StableDiffusionPipeline":
+            if found in PIPELINES:
+                pipeline = (
+                    getattr(diffusers, found)
+                    .from_pretrained(source, feature_extractor=None, image_encoder=None, **_OPTIONS[found])
+                    .to(device, dtype or dtype_for(device))
+                )
+        if found not in PIPELINES:
             raise ModelFolderError(f"{source}: its class is {found}; expected {expected}; give another generator")
         if scheduler is not None:
             pipeline.scheduler = scheduler_class(scheduler).from_config(pipeline.scheduler.config)

@@ -1,61 +1,30 @@
-"""PyTorch modules with exactly the inputs and outputs that a bundle's graphs have (see `mi2rage_engines.spec`).
-
-Each holds the original module's own submodules and weights; nothing is copied.
-"""
+"""BLIP captioners: a vision graph that emits the cross-attention's keys and values once, and one decoder graph."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlipDecoder", "BlipVision", "TextEncoder", "UNet", "VaeDecoder"]
+from mi2rage_export.families.captioning import (
+    CaptionShape,
+    decoder_graph,
+    decoder_reference,
+    split_heads,
+    stacked_cache,
+    vision_graph,
+    write_captioner,
+)
+from mi2rage_export.families.family import Family
+from mi2rage_export.graphs import Graph
 
+if TYPE_CHECKING:
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
 
-class TextEncoder(nn.Module):
-    """`CLIPTextModel`: input_ids int64 (B, T) -> last_hidden_state (B, T, width), pooler_output (B, width)."""
-
-    def __init__(self, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.text_encoder(input_ids=input_ids)
-        return output.last_hidden_state, output.pooler_output
-
-
-class UNet(nn.Module):
-    """`UNet2DConditionModel`: sample (B, C, h, w), timestep (), encoder_hidden_states (B, T, width) -> (B, C, h, w)."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
-        return output
-
-
-class VaeDecoder(nn.Module):
-    """`AutoencoderKL` or `AutoencoderTiny`: latent_sample (B, C, h, w), unscaled already -> sample (B, 3, H, W).
-
-    The scaling factor stays outside, as in optimum's layout: the caller divides by it.
-    """
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae: Any = vae
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        sample: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
-        return sample
-
-
-def _split(states: Tensor, heads: int) -> Tensor:
-    """(B, T, heads * size) -> (B, heads, T, size)."""
-    return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)
+__all__ = ["FAMILY"]
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,8 +51,8 @@ class BlipVision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         states = self.vision_model(pixel_values=pixel_values).last_hidden_state
-        keys = torch.stack([_split(project(states), self.heads) for project in self.keys])
-        values = torch.stack([_split(project(states), self.heads) for project in self.values])
+        keys = torch.stack([split_heads(project(states), self.heads) for project in self.keys])
+        values = torch.stack([split_heads(project(states), self.heads) for project in self.values])
         return keys, values
 
 
@@ -126,13 +95,58 @@ class BlipDecoder(nn.Module):
         self, layer: Any, states: Tensor, past_keys: Tensor, past_values: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = layer.attention.self
-        keys = torch.cat((past_keys, _split(attention.key(states), self.heads)), 2)
-        values = torch.cat((past_values, _split(attention.value(states), self.heads)), 2)
-        context = _attend(_split(attention.query(states), self.heads), keys, values, mask)
+        keys = torch.cat((past_keys, split_heads(attention.key(states), self.heads)), 2)
+        values = torch.cat((past_values, split_heads(attention.value(states), self.heads)), 2)
+        context = _attend(split_heads(attention.query(states), self.heads), keys, values, mask)
         return layer.attention.output(context, states), keys, values
 
     def _cross(self, layer: Any, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attention = layer.crossattention
-        context = _attend(_split(attention.self.query(states), self.heads), keys, values, None)
+        context = _attend(split_heads(attention.self.query(states), self.heads), keys, values, None)
         output: Tensor = attention.output(context, states)
         return output
+
+
+def _shape(captioner: TorchCaptioner) -> CaptionShape:
+    text, vision = captioner.module.config.text_config, captioner.module.config.vision_config
+    heads = int(text.num_attention_heads)
+    return CaptionShape(
+        layers=int(text.num_hidden_layers),
+        heads=heads,
+        head_size=int(text.hidden_size) // heads,
+        patches=(vision.image_size // vision.patch_size) ** 2 + 1,
+        vocabulary=int(text.vocab_size),
+        positions=int(text.max_position_embeddings),
+    )
+
+
+def _graphs(captioner: TorchCaptioner) -> tuple[Graph, ...]:
+    """`vision` and `decoder` of a BLIP captioner."""
+    model, shape = captioner.module, _shape(captioner)
+    vision = model.config.vision_config
+
+    def reference(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        states = model.vision_model(pixel_values)[0]
+        start = torch.full((len(states), 1), captioner.bos_id, device=states.device)
+        output = model.text_decoder(start, encoder_hidden_states=states, use_cache=True)
+        return stacked_cache(output.past_key_values.cross_attention_cache)
+
+    size_px = (int(vision.image_size), int(vision.image_size))
+    return (
+        vision_graph(BlipVision(model), size_px, shape, reference),
+        decoder_graph(BlipDecoder(model), shape, decoder_reference(model.text_decoder, int(vision.hidden_size))),
+    )
+
+
+def _write(folder: Path, captioner: TorchCaptioner) -> dict[str, Any]:
+    """The tokenizer; returns the manifest's fields."""
+    return write_captioner(folder, captioner, _shape(captioner))
+
+
+FAMILY = Family(
+    name="blip",
+    role="captioner",
+    fits=lambda model: model.module.config.model_type == "blip",
+    graphs=_graphs,
+    write=_write,
+)

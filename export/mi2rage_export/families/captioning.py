@@ -1,0 +1,161 @@
+"""What the captioners' families share: the two graphs that the runtime runs, and the component's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mi2rage_engines.spec import Axis, AxisRange, TokenizerSpec
+from mi2rage_export.graphs import NORMAL, Graph, Input, below, outputs_from
+
+if TYPE_CHECKING:
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
+
+__all__ = [
+    "CaptionShape",
+    "decoder_graph",
+    "decoder_reference",
+    "filled_cache",
+    "split_heads",
+    "stacked_cache",
+    "vision_graph",
+    "write_captioner",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CaptionShape:
+    """Sizes of a captioner's graphs: the decoder's layers, heads and head size, what the encoder gives, the ids.
+
+    Attributes:
+        patches: states that the encoder gives for an image.
+        positions: ids that a caption may hold, the first one included.
+    """
+
+    layers: int
+    heads: int
+    head_size: int
+    patches: int
+    vocabulary: int
+    positions: int
+
+    @property
+    def cross(self) -> tuple[Axis, ...]:
+        """(layers, batch, heads, patches, size)"""
+        return (self.layers, "batch", self.heads, self.patches, self.head_size)
+
+    def state(self, length: str) -> tuple[Axis, ...]:
+        """(layers, batch, heads, `length`, size)"""
+        return (self.layers, "batch", self.heads, length, self.head_size)
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(B, T, heads * size) -> (B, heads, T, size)."""
+    return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)
+
+
+def filled_cache(keys: Tensor, values: Tensor) -> Any:
+    """A `DynamicCache` that holds keys and values, each (layers, B, heads, length, size)."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    for index in range(len(keys)):
+        cache.update(keys[index], values[index], index)
+    return cache
+
+
+def stacked_cache(cache: Any) -> tuple[Tensor, Tensor]:
+    """The keys and the values of a `DynamicCache`, each (layers, B, heads, length, size)."""
+    return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
+
+
+def vision_graph(
+    module: nn.Module, size_px: tuple[int, int], shape: CaptionShape, reference: Callable[..., tuple[Tensor, ...]]
+) -> Graph:
+    """pixel_values float32 (B, 3, height, width) -> cross_keys, cross_values (layers, B, heads, patches, size)."""
+    return Graph(
+        name="captioner/vision",
+        module=module,
+        inputs=(Input("pixel_values", "float32", ("batch", 3, *size_px), NORMAL),),
+        outputs=outputs_from(cross_keys=shape.cross, cross_values=shape.cross),
+        reference=reference,
+        traced={"batch": 2},
+        checked=({"batch": 1}, {"batch": 2}, {"batch": 8}),
+        axes={"batch": AxisRange(min=1, opt=8, max=32)},
+    )
+
+
+def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..., tuple[Tensor, ...]]) -> Graph:
+    """One graph for the prefill (past length 0) and every step; its tensors as `CaptionerSpec` has them."""
+    past, limit = shape.state("past"), shape.positions
+    return Graph(
+        name="captioner/decoder",
+        module=module,
+        inputs=(
+            Input("input_ids", "int64", ("batch", "sequence"), below(shape.vocabulary)),
+            Input("past_keys", "float32", past, NORMAL),
+            Input("past_values", "float32", past, NORMAL),
+            Input("cross_keys", "float32", shape.cross, NORMAL),
+            Input("cross_values", "float32", shape.cross, NORMAL),
+        ),
+        outputs=outputs_from(
+            logits=("batch", "sequence", shape.vocabulary),
+            present_keys=shape.state("present"),
+            present_values=shape.state("present"),
+        ),
+        reference=reference,
+        traced={"batch": 2, "sequence": 3, "past": 4},
+        checked=(
+            {"batch": 1, "sequence": 1, "past": 0},
+            {"batch": 3, "sequence": min(5, limit), "past": 0},
+            {"batch": 2, "sequence": 1, "past": min(7, limit - 1)},
+            {"batch": 4, "sequence": 3, "past": max(0, limit - 3)},
+        ),
+        axes={
+            "batch": AxisRange(min=1, opt=8, max=32),
+            "sequence": AxisRange(min=1, opt=1, max=min(32, limit)),
+            "past": AxisRange(min=0, opt=min(16, limit - 1), max=limit - 1),
+        },
+    )
+
+
+def decoder_reference(decoder: Any, encoder_width: int) -> Callable[..., tuple[Tensor, ...]]:
+    """transformers' own decoder, its cache filled with the given keys and values, its masks and positions its own."""
+
+    def reference(
+        input_ids: Tensor, past_keys: Tensor, past_values: Tensor, cross_keys: Tensor, cross_values: Tensor
+    ) -> tuple[Tensor, ...]:
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        own = filled_cache(past_keys, past_values) if past_keys.shape[3] else DynamicCache()
+        cache = EncoderDecoderCache(own, filled_cache(cross_keys, cross_values))
+        # Their values are not read: the cache holds what the cross-attention would make of them.
+        unused = torch.zeros(len(input_ids), cross_keys.shape[3], encoder_width, device=input_ids.device)
+        output = decoder(input_ids, encoder_hidden_states=unused, past_key_values=cache, use_cache=True)
+        return output.logits, *stacked_cache(output.past_key_values.self_attention_cache)
+
+    return reference
+
+
+def write_captioner(folder: Path, captioner: TorchCaptioner, shape: CaptionShape) -> dict[str, Any]:
+    """Copy the tokenizer into the component's folder; returns the manifest's fields."""
+    shutil.copyfile(captioner.tokenizer_file, folder / "tokenizer.json")
+    return {
+        "name": captioner.name,
+        "tokenizer": TokenizerSpec(
+            file="captioner/tokenizer.json", max_length=captioner.max_length, pad_id=captioner.pad_id
+        ),
+        "preprocessing": captioner.preprocessing,
+        "bos_id": captioner.bos_id,
+        "eos_id": captioner.eos_id,
+        "layers": shape.layers,
+        "heads": shape.heads,
+        "head_size": shape.head_size,
+        "max_new_tokens": captioner.max_new_tokens,
+    }

@@ -1,0 +1,254 @@
+"""A bundle against the answers that PyTorch gave: after an export, or again on the machine that is to run it.
+
+`python -m mi2rage_export.verify` is the process of its own in which an export is checked; it loads no PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest, sha256_of
+from mi2rage_engines.engine import Engine
+from mi2rage_engines.errors import DataError, EngineError, InputError, Mi2rageError
+from mi2rage_engines.ort_engine import OrtEngine, default_providers
+from mi2rage_engines.spec import Precision
+from mi2rage_export import parity
+from mi2rage_export.given_data import GivenData, read_data
+from mi2rage_export.reference import DataReference, read_answers, read_references
+from mi2rage_rt.bundle import Bundle
+from mi2rage_rt.noise import seed_from
+
+if TYPE_CHECKING:
+    from mi2rage_export.reference import References
+
+__all__ = ["check_bundle", "check_in_process"]
+
+
+def check_bundle(
+    folder: Path,
+    *,
+    components: Sequence[str] = (),
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    data: GivenData | None = None,
+) -> list[ParityRecord]:
+    """Check the graphs and components of a bundle against the reference cases it holds.
+
+    Args:
+        folder: the bundle.
+        components: which; by default all.
+        providers: ONNX Runtime's; by default CUDA where it is there, then the CPU.
+        threads: CPU threads of one operator.
+        data: the samples that it was exported with (`export --verify`), to measure the task's own figures again.
+
+    Raises:
+        BundleError: the bundle is not whole, or holds no reference cases.
+        DataError: `data` is not what the bundle was exported with.
+        EngineError: a graph cannot be loaded or run.
+    """
+    manifest = open_manifest(folder)
+    with tempfile.TemporaryDirectory(prefix="mi2rage-verify-") as scratch:
+        bundle = Bundle(folder, manifest, _opener(manifest, folder, Path(scratch), providers, threads))
+        references = read_references(folder)
+        chosen = tuple(name for name in bundle.components if not components or name in components)
+        records: list[ParityRecord] = []
+        for name, spec in manifest.graphs.items():
+            if name.partition("/")[0] in chosen:
+                engine = bundle.open_engine(folder / spec.file)
+                records += parity.check_graph(engine, name, spec, references.graphs[name], folder)
+        for role in chosen:
+            records += _check_component(bundle, role, references)
+        if data is not None:
+            records += _check_data(bundle, chosen, references.data, data)
+        return records
+
+
+def _opener(
+    manifest: Manifest, folder: Path, scratch: Path, providers: Sequence[str] | None, threads: int | None
+) -> Callable[[Path], Engine]:
+    """What loads a graph. ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights."""
+    chosen = tuple(providers or default_providers())
+    on_cpu = chosen[0] == "CPUExecutionProvider"
+    widened = {folder / graph.file for graph in manifest.graphs.values() if graph.precision == "bf16" and on_cpu}
+
+    def open_engine(file: Path) -> Engine:
+        if file in widened:
+            from mi2rage_export.bf16 import widen_bfloat16
+
+            copy = scratch / "-".join(file.relative_to(folder).parts)
+            if not copy.exists():
+                widen_bfloat16(file, copy)
+            file = copy
+        return OrtEngine(file, providers=chosen, threads=threads)
+
+    return open_engine
+
+
+def _check_component(bundle: Bundle, role: str, references: References) -> list[ParityRecord]:
+    precision = _precision(bundle, role)
+    reference = getattr(references, role)
+    if role == "generator":
+        return parity.check_generator(bundle.generator(), reference, bundle.folder, precision)
+    if role == "captioner":
+        return parity.check_captioner(bundle.captioner(), reference, precision)
+    return parity.check_classifier(bundle.classifier(), reference, bundle.folder, precision)
+
+
+def _precision(bundle: Bundle, role: str) -> Precision:
+    return parity.lowest(getattr(bundle.manifest, role).graphs.values())
+
+
+def _check_data(
+    bundle: Bundle, roles: Sequence[str], reference: DataReference | None, data: GivenData
+) -> list[ParityRecord]:
+    """The task's own figures on given samples: F1 before and after, agreement of decisions, captions, images."""
+    if reference is None:
+        raise DataError(
+            f"{data.file}: {bundle.folder} was exported without data, so there is nothing to compare with; "
+            "export it again with --verify"
+        )
+    if sha256_of(data.file) != reference.sha256 or len(data.samples) < reference.rows:
+        raise DataError(
+            f"{data.file}: is not the file that {bundle.folder} was exported with ({reference.file}, "
+            f"SHA-256 {reference.sha256[:12]}...); give that one"
+        )
+    answers = read_answers(bundle.folder, "data")
+    records: list[ParityRecord] = []
+    if "classifier" in roles:
+        records += _check_decisions(bundle, answers["logits"], data, reference.rows)
+    if "captioner" in roles and reference.images:
+        shown = [image for image in data.images if image is not None][: reference.images]
+        found = bundle.captioner().caption(shown)
+        shares = [
+            parity.common_prefix(mine.split(), theirs.split())
+            for mine, theirs in zip(found, reference.captions, strict=True)
+        ]
+        equal = float(np.mean([mine == theirs for mine, theirs in zip(found, reference.captions, strict=True)]))
+        bound = parity.BOUNDS[_precision(bundle, "captioner")].caption_prefix
+        records.append(
+            parity.record("data/captioner", "caption_prefix", float(np.mean(shares)), bound, len(shown), least=True)
+        )
+        records.append(parity.record("data/captioner", "caption_agreement", equal, bound, len(shown), least=True))
+    if "generator" in roles and reference.prompts:
+        records.append(_check_images(bundle, answers["images"], data, reference))
+    return records
+
+
+def _check_decisions(bundle: Bundle, before: Any, data: GivenData, rows: int) -> list[ParityRecord]:
+    from mi2rage_training.metrics import relation_metrics
+
+    classifier = bundle.classifier()
+    after = classifier.logits(data.samples[:rows], data.images[:rows])
+    bounds = parity.BOUNDS[_precision(bundle, "classifier")]
+    agree = parity.agreement(after, before)
+    records = [
+        parity.record("data/classifier", "decision_agreement", agree, bounds.decision_agreement, rows, least=True)
+    ]
+    gold = [sample.label for sample in data.samples[:rows]]
+    if all(label is not None for label in gold):
+        labels = np.array(classifier.labels)
+        f1 = [
+            100 * relation_metrics([str(label) for label in gold], labels[logits.argmax(-1)].tolist()).f1
+            for logits in (before, np.nan_to_num(after))
+        ]
+        records += [
+            parity.record("data/classifier", "f1_before", f1[0], None, rows),
+            parity.record("data/classifier", "f1_after", f1[1], None, rows),
+            # Few rows cannot hold a bound that is finer than two of their decisions.
+            parity.record(
+                "data/classifier",
+                "f1_change",
+                abs(f1[1] - f1[0]),
+                max(bounds.f1, 200 / rows) if bounds.f1 else 0.0,
+                rows,
+            ),
+        ]
+    return records
+
+
+def _check_images(bundle: Bundle, expected: Any, data: GivenData, reference: DataReference) -> ParityRecord:
+    from mi2rage_rt.generator import GenerateOptions
+
+    samples = data.samples[: reference.prompts]
+    seeds = [seed_from("parity data", sample.id) for sample in samples]
+    prompts = [sample.text for sample in samples]
+    images = bundle.generator().generate(prompts, seeds, GenerateOptions(steps=reference.steps))
+    bound = parity.BOUNDS[_precision(bundle, "generator")].image_psnr_db
+    value = parity.psnr_db(images, expected)
+    return parity.record("data/generator", "image_psnr_db", value, bound, len(samples), least=True)
+
+
+def check_in_process(
+    folder: Path,
+    *,
+    components: Sequence[str] = (),
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    limit: int | None = None,
+) -> list[ParityRecord]:
+    """`check_bundle` in a process of its own, which shares nothing with the one that exported.
+
+    Args:
+        folder, components, providers, threads: see `check_bundle`.
+        data, images, limit: see `read_data`.
+
+    Raises:
+        InputError, EngineError: what `check_bundle` raises, with the same message.
+    """
+    job = {
+        "folder": str(folder),
+        "components": list(components),
+        "providers": list(providers) if providers else None,
+        "threads": threads,
+        "data": str(data) if data else None,
+        "images": str(images) if images else None,
+        "limit": limit,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", __name__], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as error:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"no message, exit code {done.returncode}"
+        raise EngineError(
+            f"{folder}: the process that checks it ended ({reason}); expected its figures; is there enough memory?"
+        ) from error
+    if "error" in answer:
+        raise (InputError if answer["exit_code"] == InputError.exit_code else EngineError)(answer["error"])
+    return [ParityRecord.model_validate(record) for record in answer["records"]]
+
+
+def _main() -> None:
+    """Read a job from stdin, print the records or the error as JSON."""
+    job = json.load(sys.stdin)
+    try:
+        data = None
+        if job["data"] is not None:
+            data = read_data(Path(job["data"]), Path(job["images"]) if job["images"] else None, job["limit"])
+        records = check_bundle(
+            Path(job["folder"]),
+            components=job["components"],
+            providers=job["providers"],
+            threads=job["threads"],
+            data=data,
+        )
+        answer: dict[str, Any] = {"records": [record.model_dump() for record in records]}
+    except Mi2rageError as error:
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

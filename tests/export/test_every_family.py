@@ -1,0 +1,64 @@
+"""A tiny member of every family: exported in fp16 as a bundle, checked, and built by TensorRT-RTX without a GPU."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from mi2rage_engines.bundle import open_manifest
+from mi2rage_export.bundle_writer import export_bundle
+from mi2rage_export.families import families
+from mi2rage_export.request import ExportRequest
+from tests.models.tiny_captioner import build_captioner
+from tests.models.tiny_classifier import build_classifier
+from tests.models.tiny_encoder_decoder import build_encoder_decoder
+from tests.models.tiny_generator import build_generator, build_lcm, build_xl
+
+MEMBERS = {
+    "stable-diffusion": ("generator", functools.partial(build_generator, vae="tiny")),
+    "stable-diffusion-xl": ("generator", build_xl),
+    "latent-consistency": ("generator", build_lcm),
+    "blip": ("captioner", build_captioner),
+    "vision-encoder-decoder": ("captioner", build_encoder_decoder),
+    "relation-classifier": ("classifier", build_classifier),
+}
+TARGETS = "sm80+sm86+sm89+sm120"
+
+
+def test_every_family_is_here():
+    assert {family.name for family in families()} == set(MEMBERS)
+
+
+@pytest.fixture(scope="module", params=MEMBERS, ids=str)
+def bundle(request, tmp_path_factory):
+    role, make = MEMBERS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    make(folder / "model")
+    export_bundle(folder / "bundle", ExportRequest(**{role: folder / "model"}, precisions={"": "fp16"}))
+    return folder / "bundle"
+
+
+def test_fp16_holds_its_bounds(bundle):
+    manifest = open_manifest(bundle)
+    assert manifest.precision == "fp16"
+    assert all(record.passed for record in manifest.parity)
+    # Captions in a lower precision are judged by the decoder's logits.
+    whole = {component.kind for component in manifest.components} - {"captioner"}
+    assert {record.subject for record in manifest.checks} == {*manifest.graphs, *whole}
+    for graph in manifest.graphs.values():
+        floats = {tensor.name: tensor.dtype for tensor in (*graph.inputs, *graph.outputs) if "float" in tensor.dtype}
+        assert {dtype for name, dtype in floats.items() if name != "timestep"} == {"float16"}
+
+
+def test_tensorrt_builds_and_attests_it(bundle, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    from mi2rage_rt.build import BuildSettings, build_bundle
+
+    monkeypatch.setenv("MI2RAGE_CACHE", str(tmp_path))
+    results = build_bundle(bundle, BuildSettings(backend="tensorrt-rtx", targets=(TARGETS,)))
+    assert len(results) == len(open_manifest(bundle).graphs)
+    for result in results:
+        attested = result.record.attestation
+        print(f"{result.path.stem}: {attested.share:.0%} of {sum(attested.layers.values())} layers in fp16")
+        assert attested.share >= 0.9

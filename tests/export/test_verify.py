@@ -1,0 +1,129 @@
+"""A bundle against the answers it carries, and the task's own figures on given data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mi2rage_engines.bundle import MANIFEST_NAME, open_manifest, record_files
+from mi2rage_engines.errors import BundleError, DataError, InputError, ParityError
+from mi2rage_export.bundle_writer import export_bundle
+from mi2rage_export.given_data import read_data
+from mi2rage_export.reference import read_answers, write_answers
+from mi2rage_export.request import ExportRequest
+from mi2rage_export.verify import check_bundle, check_in_process
+from mi2rage_rt.images import encode_image
+from mi2rage_rt.samples import write_samples
+from tests.models.tiny_captioner import random_images
+from tests.models.tiny_classifier import random_samples
+from tests.runtime.tiny_bundle import build_bundle
+
+
+@pytest.fixture(scope="module")
+def data(classifier, tmp_path_factory):
+    """24 labelled samples, most of them with an image."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = []
+    for row, (sample, image) in enumerate(zip(random_samples(24), random_images(24, seed=3), strict=True)):
+        name = f"{row}.png"
+        (folder / name).write_bytes(encode_image(image))
+        label = classifier.labels[row % len(classifier.labels)]
+        samples.append(dataclasses.replace(sample, id=str(row), label=label, image=name if row % 4 else None))
+    write_samples(folder / "rows.jsonl", samples)
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_classifier, data, tmp_path_factory):
+    """The tiny classifier in int8 by calibration, measured on the data."""
+    folder = tmp_path_factory.mktemp("measured") / "bundle"
+    request = ExportRequest(classifier=tiny_classifier, precisions={"": "int8-qdq"}, calibration=data, verify=data)
+    export_bundle(folder, request)
+    return folder
+
+
+def _command(*arguments):
+    import typer
+
+    from mi2rage_export import commands
+
+    app = typer.Typer()
+    app.command()(commands.verify)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _changed(folder, name, change):
+    """Change answers, and let the manifest agree: a fault that hashes cannot show."""
+    write_answers(folder, name, {key: change(array) for key, array in read_answers(folder, name).items()})
+    document = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    document["files"] = {file: record.model_dump() for file, record in record_files(folder).items()}
+    (folder / MANIFEST_NAME).write_text(json.dumps(document), encoding="utf-8")
+
+
+def test_a_whole_bundle_holds_and_one_that_answers_otherwise_does_not(exported_bundle, tmp_path):
+    run = _command(exported_bundle, "--component", "classifier", "--json")
+    assert run.exit_code == 0, run.output
+    parity = json.loads(run.output)["parity"]
+    assert {record["subject"] for record in parity} == {"classifier/classifier", "classifier"}
+    folder = shutil.copytree(exported_bundle, tmp_path / "bundle")
+    _changed(folder, "classifier", lambda logits: logits + np.float32(0.1))
+    run = _command(folder, "--component", "classifier")
+    assert isinstance(run.exception, ParityError)
+    assert "FAILED" in run.output
+
+
+def test_the_check_is_a_process_of_its_own_without_torch(exported_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # of no use to this process any more
+    assert check_in_process(exported_bundle, components=("classifier",))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(Exception, match="the process that checks it ended"):
+        check_in_process(exported_bundle)
+
+
+def test_errors_of_that_process_are_passed_on(tmp_path):
+    with pytest.raises(InputError, match="no such folder; expected a bundle"):
+        check_in_process(tmp_path / "missing")
+    with pytest.raises(InputError, match="holds no reference cases"):
+        check_in_process(build_bundle(tmp_path / "hand-made"))
+
+
+def test_the_task_is_measured_before_and_after(measured, data):
+    manifest = open_manifest(measured)
+    found = {record.measure: record for record in manifest.parity if record.subject == "data/classifier"}
+    assert {"decision_agreement", "f1_before", "f1_after", "f1_change"} == set(found)
+    assert found["f1_change"].value == pytest.approx(abs(found["f1_after"].value - found["f1_before"].value))
+    assert found["f1_change"].cases == 24
+    again = check_bundle(measured, data=read_data(data))
+    assert {record.measure: record.value for record in again if record.subject == "data/classifier"} == {
+        name: pytest.approx(record.value) for name, record in found.items()
+    }
+
+
+def test_int8_by_calibration_names_what_it_is(measured, exported_bundle):
+    graph = open_manifest(measured).graphs["classifier/classifier"]
+    assert graph.precision == "int8-qdq"
+    whole = (exported_bundle / "classifier" / "classifier.onnx").stat().st_size
+    assert (measured / graph.file).stat().st_size < 0.8 * whole
+
+
+def test_other_data_than_that_of_the_export_are_refused(measured, exported_bundle, data, tmp_path):
+    other = tmp_path / "rows.jsonl"
+    other.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:5]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"is not the file that .* was exported with \(rows.jsonl"):
+        check_bundle(measured, data=read_data(other, images=data.parent))
+    with pytest.raises(DataError, match="was exported without data"):
+        check_bundle(exported_bundle, components=("classifier",), data=read_data(data))
+
+
+def test_answers_that_are_gone_or_damaged(measured, tmp_path):
+    for name, damage in (("gone", lambda path: path.unlink()), ("damaged", lambda path: path.write_bytes(b"no zip"))):
+        folder = shutil.copytree(measured, tmp_path / name)
+        damage(folder / "parity" / "classifier.npz")
+        with pytest.raises(BundleError, match=r"classifier\.npz"):
+            check_bundle(folder)
