@@ -80,7 +80,7 @@ def quantize(source: Path, target: Path, how: Quantization) -> Quantized:
 
     Args:
         source: an fp32 `.onnx` file, its weights inside or beside it; of any size.
-        target: another path; weights above 1.8 GB go into `<target>_data` beside it.
+        target: another path; weights above 100 MB go into `<target>_data` beside it.
         how: see `Quantization`.
 
     Raises:

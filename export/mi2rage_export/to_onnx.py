@@ -18,8 +18,8 @@ from mi2rage_export.request import OPSET
 
 __all__ = ["export_graph", "save_model", "trace"]
 
-EMBED_UP_TO_BYTES = 1_800_000_000
-"""Weights above this go into a file of their own: protobuf ends at 2 GiB."""
+EMBED_UP_TO_BYTES = 100_000_000
+"""Weights above this go into a file of their own: protobuf ends at 2 GiB, and takes four times their memory."""
 
 EXTERNAL_SUFFIX = "_data"
 """`model.onnx_data`, the name that optimum gives it."""
@@ -145,7 +145,11 @@ def export_graph(graph: Graph, path: Path, file: str, opset: int = OPSET) -> Gra
     Raises:
         MissingExtraError, Mi2rageError: see `trace`.
     """
-    save_model(trace(graph, opset), path)
+    model = trace(graph, opset)
+    save_model(model, path)
+    # onnxscript's rewriter keeps hold of the last model that it saw, and with it of weights that were transposed.
+    for value in model.graph.initializers.values():
+        value.const_value = None
     return GraphSpec(
         file=file,
         inputs=tuple(item.spec for item in graph.inputs),
