@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["down_sampling", "refuse_unsupported", "text_encoder_graph", "unet_graph", "vae_graph"]
 
+_DECODED_PIXELS = 512 * 512
+"""Pixels that are decoded in one call while checking."""
+
 _CHECKED_CELLS = 2 * 128 * 128
 """Latent cells of one call while checking: attention over an SDXL image takes 1 GB a row in fp32."""
 
@@ -232,6 +235,16 @@ def _further_inputs(unet: Any, pooled: int | None) -> list[Input]:
     return further
 
 
+def _decoded_sizes(generator: TorchGenerator) -> tuple[Sizes, ...]:
+    """The sizes of the latents, one image at a time where images are large: maps of 128 channels hold all pixels."""
+    scale = int(generator.pipeline.vae_scale_factor)
+    return tuple(
+        dict(sizes)
+        | {"batch": max(1, min(sizes["batch"], _DECODED_PIXELS // (sizes["height"] * sizes["width"] * scale**2)))}
+        for sizes in _latent_sizes(generator)
+    )
+
+
 def vae_graph(generator: TorchGenerator) -> Graph:
     """The VAE's decoder."""
     vae = generator.pipeline.vae
@@ -248,6 +261,6 @@ def vae_graph(generator: TorchGenerator) -> Graph:
         outputs=outputs_from(sample=("batch", int(vae.config.out_channels), "image_height", "image_width")),
         reference=reference,
         traced={"batch": 2, "height": 6, "width": 8},
-        checked=_latent_sizes(generator),
+        checked=_decoded_sizes(generator),
         axes=_latent_axes(generator, 4),
     )
