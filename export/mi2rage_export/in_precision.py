@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mi2rage_export.finite import demand_finite
 from mi2rage_export.graphs import Graph, random_inputs
 from mi2rage_export.overflow import find_overflow
 from mi2rage_export.precision import lower, opset_for
@@ -39,17 +40,18 @@ def export_in_precision(graph: Graph, path: Path, file: str, request: ExportRequ
 
     Raises:
         InputError: a part that is to stay in fp32 is not there.
+        ParityError: the module gives NaN or infinity in the lower precision; the first layer that does is named.
         Mi2rageError: the module cannot be traced.
     """
     precision = request.precision_of(graph.name)
     keep: tuple[str, ...] = request.kept_parts(graph.name)
+    seeds = (seed_from("overflow", graph.name, request.seed, case) for case in range(_SEARCHED))
+    samples = [random_inputs(graph, sizes, seed) for sizes, seed in zip(graph.checked[:_SEARCHED], seeds, strict=False)]
     if precision == "fp16":
-        seeds = (seed_from("overflow", graph.name, request.seed, case) for case in range(_SEARCHED))
-        samples = [
-            random_inputs(graph, sizes, seed) for sizes, seed in zip(graph.checked[:_SEARCHED], seeds, strict=False)
-        ]
         keep = find_overflow(graph, samples, keep=keep)
     lowered = lower(graph, precision, keep=keep)
+    if lowered.precision in ("fp16", "bf16"):
+        demand_finite(lowered.graph, samples[:1])
     spec = export_graph(lowered.graph, path, file, opset_for(lowered.precision, request.opset))
     stays: Precision = lowered.precision if lowered.precision in ("fp16", "bf16") else "fp32"
     return spec.model_copy(update={"precision": stays, "kept_fp32": lowered.kept})

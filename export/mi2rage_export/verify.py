@@ -17,7 +17,7 @@ import numpy as np
 
 from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest, sha256_of
 from mi2rage_engines.engine import Engine
-from mi2rage_engines.errors import DataError, EngineError, InputError, Mi2rageError
+from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError, Mi2rageError
 from mi2rage_engines.ort_engine import OrtEngine, default_providers
 from mi2rage_engines.spec import Precision
 from mi2rage_export import parity
@@ -50,13 +50,17 @@ def check_bundle(
         data: the samples that it was exported with (`export --verify`), to measure the task's own figures again.
 
     Raises:
-        BundleError: the bundle is not whole, or holds no reference cases.
+        BundleError: the bundle is not whole, lacks a component, or holds no reference cases.
         DataError: `data` is not what the bundle was exported with.
         EngineError: a graph cannot be loaded or run.
     """
     manifest = open_manifest(folder)
     with tempfile.TemporaryDirectory(prefix="mi2rage-verify-") as scratch:
         bundle = Bundle(folder, manifest, _opener(manifest, folder, Path(scratch), providers, threads))
+        if unknown := sorted(set(components) - set(bundle.components)):
+            raise BundleError(
+                f"{folder}: has no component {', '.join(unknown)}; expected some of {', '.join(bundle.components)}"
+            )
         references = read_references(folder)
         chosen = tuple(name for name in bundle.components if not components or name in components)
         records: list[ParityRecord] = []

@@ -89,6 +89,10 @@ def test_the_check_is_a_process_of_its_own_without_torch(exported_bundle, monkey
 def test_errors_of_that_process_are_passed_on(tmp_path):
     with pytest.raises(InputError, match="no such folder; expected a bundle"):
         check_in_process(tmp_path / "missing")
+    with pytest.raises(
+        InputError, match="has no component captoner; expected some of generator, captioner, classifier"
+    ):
+        check_in_process(build_bundle(tmp_path / "whole"), components=("captoner",))
     with pytest.raises(InputError, match="holds no reference cases"):
         check_in_process(build_bundle(tmp_path / "hand-made"))
 
