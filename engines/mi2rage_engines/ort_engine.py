@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mi2rage_engines.engine import Array, checked_inputs
+import numpy as np
+
+from mi2rage_engines.engine import NOTHING, Array, DeviceArray, check_buffer, checked_array, checked_inputs
 from mi2rage_engines.errors import EngineError, require
 from mi2rage_engines.spec import TensorSpec
 
@@ -26,6 +29,7 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
+_ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 _PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -62,6 +66,25 @@ def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
         # TF32 is on by default and costs three digits: the parity of fp32 graphs is promised to 1e-4.
         return provider, {"use_tf32": "0"}
     return provider
+
+
+class _OrtArray:
+    """A `DeviceArray` that is an `OrtValue`."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(_DTYPES[self.value.data_type()])
+
+    def numpy(self) -> Array:
+        array: Array = self.value.numpy()
+        return array
 
 
 class OrtEngine:
@@ -126,18 +149,69 @@ class OrtEngine:
         """The execution providers that the session really uses."""
         return tuple(self._session.get_providers())
 
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`, where `put` and `call` leave their results."""
+        return "cuda" if self.providers[0] in _ON_CUDA else "cpu"
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph once; see `Engine.run`."""
         feeds = checked_inputs(self.name, self._inputs, inputs)
-        try:
+        with self._explained(feeds):
             results = self._session.run(None, feeds)
-        except Exception as error:
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+        return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
+
+    def put(self, array: Array, name: str) -> DeviceArray:
+        """See `Engine.put`."""
+        return self._put(checked_array(self.name, self._inputs, array, name))
+
+    def _put(self, array: Array) -> _OrtArray:
+        return _OrtArray(require("onnxruntime", "cpu").OrtValue.ortvalue_from_numpy(array, self.device, 0))
+
+    def call(
+        self, inputs: Mapping[str, Array | DeviceArray], into: Mapping[str, DeviceArray] = NOTHING
+    ) -> dict[str, DeviceArray]:
+        """Run the graph once by IO binding; see `Engine.call`."""
+        feeds = checked_inputs(self.name, self._inputs, inputs)
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            on_device = value if isinstance(value, _OrtArray) else self._put(_on_host(value))
+            binding.bind_ortvalue_input(name, on_device.value)
+        for spec in self._outputs:
+            buffer = into.get(spec.name)
+            if isinstance(buffer, _OrtArray):
+                binding.bind_ortvalue_output(spec.name, buffer.value)
+            else:
+                binding.bind_output(spec.name, self.device)
+        with self._explained(feeds):
+            self._session.run_with_iobinding(binding)
+        found = zip(self._outputs, binding.get_outputs(), strict=True)
+        results: dict[str, DeviceArray] = {spec.name: _OrtArray(value) for spec, value in found}
+        return {name: self._settled(name, value, into) for name, value in results.items()}
+
+    def _settled(self, name: str, value: DeviceArray, into: Mapping[str, DeviceArray]) -> DeviceArray:
+        """The caller's buffer in place of an output, copied into it where it is of another kind."""
+        buffer = into.get(name)
+        if buffer is None or isinstance(buffer, _OrtArray):
+            return value
+        check_buffer(self.name, name, buffer, value.shape, value.dtype)
+        buffer.numpy()[...] = value.numpy()
+        return buffer
+
+    @contextlib.contextmanager
+    def _explained(self, feeds: Mapping[str, Array | DeviceArray]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the binding has a class for each status code and no common base
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
             raise EngineError(
                 f"{self.name}: onnxruntime failed ({_first_line(error)}) on {shapes}; "
                 "try a smaller batch or other sizes"
             ) from error
-        return {spec.name: result for spec, result in zip(self._outputs, results, strict=True)}
+
+
+def _on_host(value: Array | DeviceArray) -> Array:
+    return value if isinstance(value, np.ndarray) else value.numpy()
 
 
 def _first_line(error: Exception) -> str:

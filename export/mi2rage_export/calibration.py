@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mi2rage_engines.engine import Array, Engine
+from mi2rage_engines.engine import Array, Engine, HostEngine
 from mi2rage_engines.errors import DataError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import TensorSpec
@@ -26,7 +26,7 @@ _IMAGES = 16
 _ROWS = 128
 
 
-class _Recorder:
+class _Recorder(HostEngine):
     """An engine that notes what it is given."""
 
     def __init__(self, engine: Engine, calls: list[dict[str, Array]]) -> None:

@@ -45,6 +45,8 @@ FOLDER = "parity"
 PICKED = 1 << 16
 """Elements of an output that are kept; a larger one is sampled at even distances."""
 
+_DRAWN_AT_ONCE = 1 << 20
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,21 +55,32 @@ class _Record(BaseModel):
 class Draw(_Record):
     """How an input's test values are drawn.
 
-    `normal`: standard normal. `below`: whole numbers from 0 to `limit` - 1. `in_sequence`: the same below the size of
-    the axis `sequence`. `padding`: 1 for the first so many places of a row, 0 behind.
+    `normal`: standard normal. `below`: whole numbers from 0 to `limit` - 1. `in_sequence`, `in_images`: the same
+    below the size of the axis `sequence` or `images`. `padding`: 1 for the first so many places of a row, 0 behind.
     """
 
-    kind: Literal["normal", "below", "in_sequence", "padding"]
+    kind: Literal["normal", "below", "in_sequence", "in_images", "padding"]
     limit: int | None = None
 
     def array(self, rng: np.random.Generator, shape: tuple[int, ...], sizes: Sizes) -> Array:
         """Values for one input."""
         if self.kind == "normal":
-            return rng.standard_normal(shape)
+            return _standard_normal(rng, shape)
         if self.kind == "padding":
             lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
             return np.arange(shape[1]) < lengths
-        return rng.integers(0, sizes["sequence"] if self.kind == "in_sequence" else self.limit, shape)
+        limit = sizes[self.kind.removeprefix("in_")] if self.kind.startswith("in_") else self.limit
+        return rng.integers(0, limit, shape)
+
+
+def _standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Drawn in float64 and rounded, a piece at a time: a decoder's cross keys are large."""
+    values = np.empty(shape, dtype=np.float32)
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _DRAWN_AT_ONCE):
+        piece = flat[start : start + _DRAWN_AT_ONCE]
+        piece[:] = rng.standard_normal(piece.size)
+    return values
 
 
 class Case(_Record):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from mi2rage_engines.engine import check_names, checked_inputs
+from mi2rage_engines.engine import HostArray, HostEngine, check_names, checked_inputs
 from mi2rage_engines.errors import EngineError, MissingExtraError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import TensorSpec
@@ -83,3 +83,51 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mi2rage-rt\[cpu\]'"):
         OrtEngine("any.onnx")
+
+
+class Host(HostEngine):
+    """The adder, known by `run` alone."""
+
+    def __init__(self, engine: OrtEngine) -> None:
+        self.name, self.inputs, self.outputs = engine.name, engine.inputs, engine.outputs
+        self.run = engine.run
+
+
+@pytest.mark.parametrize("kind", [OrtEngine, Host])
+def test_results_stay_on_the_device_and_go_on_from_there(adder: OrtEngine, kind: type) -> None:
+    engine = adder if kind is OrtEngine else Host(adder)
+    a = np.arange(6, dtype=np.float64).reshape(3, 2)
+    put = engine.put(a, "a")
+    assert (put.shape, put.dtype) == ((3, 2), np.dtype(np.float32))
+    once = engine.call({"a": put, "b": a.astype(np.float32)})["c"]
+    twice = engine.call({"a": once, "b": once})["c"]
+    np.testing.assert_array_equal(once.numpy(), 2 * a)
+    np.testing.assert_array_equal(twice.numpy(), 4 * a)
+    del once
+    for _ in range(20):
+        engine.call({"a": put, "b": put})
+    np.testing.assert_array_equal(twice.numpy(), 4 * a)
+
+
+@pytest.mark.parametrize("kind", [OrtEngine, Host])
+def test_a_call_writes_into_the_buffers_it_is_given(adder: OrtEngine, kind: type) -> None:
+    engine = adder if kind is OrtEngine else Host(adder)
+    ping, pong = (engine.put(np.full((2, 2), value, np.float32), "a") for value in (1, 0))
+    for _ in range(3):
+        assert engine.call({"a": ping, "b": ping}, {"c": pong})["c"].numpy() is not None
+        ping, pong = pong, ping
+    np.testing.assert_array_equal(ping.numpy(), np.full((2, 2), 8))
+
+
+@pytest.mark.parametrize("kind", [OrtEngine, Host])
+def test_buffers_and_device_arrays_that_do_not_fit_are_refused(adder: OrtEngine, kind: type) -> None:
+    engine = adder if kind is OrtEngine else Host(adder)
+    right = engine.put(np.zeros((2, 2)), "a")
+    longer = engine.put(np.zeros((3, 2)), "a")
+    for wrong in (longer, HostArray(np.zeros((2, 2)))):
+        with pytest.raises(EngineError):
+            engine.call({"a": right, "b": right}, {"c": wrong})
+    with pytest.raises(EngineError):
+        engine.call({"a": right, "b": longer})
+    with pytest.raises(EngineError, match="has no input x"):
+        engine.put(np.zeros((2, 2)), "x")
