@@ -3,68 +3,82 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from mi2rage_benchmarks.bench import BenchReport
 
 __all__ = ["bench"]
 
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="The exported models.")],
+    also: Annotated[
+        list[Path] | None, typer.Option(help="A further bundle of the same models, e.g. int8; may be repeated.")
+    ] = None,
     classifier: Annotated[
-        Path | None, typer.Option(help="The classifier that the bundle was exported from.", metavar="FOLDER")
+        Path | None, typer.Option(help="The classifier that it was exported from; else what the bundle says.")
     ] = None,
     generator: Annotated[
-        str | None, typer.Option(help="The generator that it was exported from; embedded, a folder, or a hub id.")
+        str | None, typer.Option(help="The same of the generator: embedded, a folder, a hub id.")
     ] = None,
+    captioner: Annotated[
+        str | None, typer.Option(help="The same of the captioner: embedded, a folder, a hub id.")
+    ] = None,
+    random_weights: Annotated[
+        list[str] | None, typer.Option(help="An architecture with random weights, drawn by --seed; may be repeated.")
+    ] = None,
+    subject: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="classifier, unet, text-encoder, vae-decoder (graph calls), classify, generate, caption, chain (whole "
+            "calls), or all; may be repeated. Default classifier and unet."
+        ),
+    ] = None,
+    compile_too: Annotated[bool, typer.Option("--compile", help="torch.compile as a side too.")] = False,
     batch_size: Annotated[list[int] | None, typer.Option(help="Rows a call; may be repeated. Default 1 and 8.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of either side; by default every core.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the bundle's own.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of a caption at most.")] = 20,
+    texts: Annotated[int, typer.Option(help="Real samples of the chain.")] = 64,
+    links: Annotated[int, typer.Option(help="Links of the chain.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of every side; by default every core.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls a side.")] = 30,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peaks of memory too: whole calls, each side in a process of its own.")
+    ] = False,
+    soak: Annotated[
+        int | None, typer.Option(help="Memory after so many classifications too.", metavar="REQUESTS")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report with its raw samples to this JSON file.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
 ) -> None:
-    """Compare the bundle's speed on ONNX Runtime with PyTorch eager, in one run."""
-    from mi2rage_benchmarks.bench import run_bench
+    """Compare the bundle's speed on ONNX Runtime with PyTorch, in one run."""
+    from mi2rage_benchmarks.bench import BenchRequest, run_bench
+    from mi2rage_benchmarks.report import markdown
     from mi2rage_rt.files import atomic_text
 
-    report = run_bench(
-        bundle,
-        classifier=classifier,
+    request = BenchRequest(
+        also=tuple(also or ()),
         generator=generator,
+        captioner=captioner,
+        classifier=classifier,
+        random_weights=tuple(random_weights or ()),
+        subjects=tuple(subject or ()),
+        compile=compile_too,
         batch_sizes=tuple(batch_size or (1, 8)),
+        steps=steps,
+        tokens=tokens,
+        texts=texts,
+        links=links,
         threads=threads,
         repeats=repeats,
+        memory=memory,
+        soak=soak,
         seed=seed,
     )
+    report = run_bench(bundle, request)
     document = report.model_dump_json(indent=2)
     if out is not None:
         with atomic_text(out) as file:
             file.write(document + "\n")
-    if as_json:
-        typer.echo(document)
-    else:
-        _print_table(report)
-
-
-def _print_table(report: BenchReport) -> None:
-    from rich.box import MARKDOWN
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=MARKDOWN)
-    table.add_column("call")
-    for title in ("batch", "PyTorch ms (quartiles)", "ONNX Runtime ms (quartiles)", "ratio (quartiles)"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for cell in report.cells:
-        sides = (
-            f"{side.median_ms:.3g} ({side.p25_ms:.3g}-{side.p75_ms:.3g})" for side in (cell.pytorch, cell.onnxruntime)
-        )
-        ratio = f"{cell.ratio.median:.2f} ({cell.ratio.p25:.2f}-{cell.ratio.p75:.2f})"
-        table.add_row(cell.name, str(cell.batch_size), *sides, ratio)
-    Console(width=120).print(table)
-    typer.echo("; ".join(f"{name} {value}" for name, value in report.environment.items()))
+    typer.echo(document if as_json else markdown(report))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mi2rage_benchmarks.bench import BenchReport, run_bench
+from mi2rage_benchmarks.bench import BenchRequest, run_bench
+from mi2rage_benchmarks.report import BenchReport
 from mi2rage_benchmarks.standalone import StandaloneRun, run_standalone
 from mi2rage_engines.bundle import Manifest
 from mi2rage_export.bundle_writer import export_bundle
@@ -219,7 +220,9 @@ def run_demo(out: Path, config: DemoConfig, *, force: bool = False) -> DemoResul
     )
     bench = steps.run(
         "bench against PyTorch",
-        lambda: run_bench(bundle, classifier=classifier, generator="embedded", repeats=config.bench_repeats),
+        lambda: run_bench(
+            bundle, BenchRequest(classifier=classifier, generator="embedded", repeats=config.bench_repeats)
+        ),
     )
     cue_rates = _cue_rates(world, candidates, real["train"], config.links)
     result = DemoResult(

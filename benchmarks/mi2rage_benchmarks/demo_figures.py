@@ -22,7 +22,7 @@ _BLUE, _GREEN, _GREY, _INK = "#2f6fdb", "#1a7f4b", "#a8afbb", "#1d2330"
 
 @dataclass(frozen=True, slots=True)
 class LatencyRow:
-    """One comparison: medians in ms, their middle halves, and the ratio PyTorch / ONNX Runtime."""
+    """One comparison: medians in ms, their middle halves, the ratio PyTorch / ONNX Runtime and its 95% interval."""
 
     name: str
     batch: int
@@ -31,8 +31,8 @@ class LatencyRow:
     ort_ms: float
     ort_quartiles_ms: tuple[float, float]
     ratio: float
-    ratio_low: float
-    ratio_high: float
+    ratio_low: float | None
+    ratio_high: float | None
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:

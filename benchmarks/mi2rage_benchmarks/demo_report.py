@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mi2rage_benchmarks.bench import BenchReport
 from mi2rage_benchmarks.demo import DemoResult
 from mi2rage_benchmarks.demo_figures import LatencyRow, f1_figure, latency_figure, links_figure, scores_figure
+from mi2rage_benchmarks.report import BenchReport
 from mi2rage_engines.errors import require
 from mi2rage_rt.files import atomic_text
 from mi2rage_rt.samples import Sample
@@ -69,20 +69,25 @@ def _chain(result: DemoResult, rows: list[int]) -> dict[str, Any]:
 
 
 def _latency_rows(bench: BenchReport) -> list[LatencyRow]:
-    return [
-        LatencyRow(
-            name=cell.name,
-            batch=cell.batch_size,
-            torch_ms=cell.pytorch.median_ms,
-            torch_quartiles_ms=(cell.pytorch.p25_ms, cell.pytorch.p75_ms),
-            ort_ms=cell.onnxruntime.median_ms,
-            ort_quartiles_ms=(cell.onnxruntime.p25_ms, cell.onnxruntime.p75_ms),
-            ratio=cell.ratio.median,
-            ratio_low=cell.ratio.p25,
-            ratio_high=cell.ratio.p75,
+    rows = []
+    for cell in bench.cells:
+        eager, runtime = cell.sides[0].timing, cell.sides[-1]
+        if eager is None or runtime.timing is None or runtime.ratio is None:
+            continue
+        rows.append(
+            LatencyRow(
+                name=cell.title,
+                batch=cell.batch_size,
+                torch_ms=eager.median_ms,
+                torch_quartiles_ms=(eager.p25_ms, eager.p75_ms),
+                ort_ms=runtime.timing.median_ms,
+                ort_quartiles_ms=(runtime.timing.p25_ms, runtime.timing.p75_ms),
+                ratio=runtime.ratio.median,
+                ratio_low=runtime.ratio.low,
+                ratio_high=runtime.ratio.high,
+            )
         )
-        for cell in bench.cells
-    ]
+    return rows
 
 
 def write_demo_report(result: DemoResult, path: Path) -> None:

@@ -1,47 +1,42 @@
-"""Timers and the environment: how a call is measured, and on what."""
+"""Timers: several calls in turns, and what their ratio is worth."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import importlib.metadata
-import os
-import platform
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from mi2rage_rt import progress
 
-__all__ = ["Spread", "Timing", "busy_cores", "environment", "time_alternating"]
+__all__ = ["Ratio", "Timing", "call_ms", "ratio_of", "time_alternating"]
 
-_PACKAGES = ("mi2rage-rt", "torch", "onnxruntime", "transformers", "diffusers", "numpy")
 _WINDOW = 5
 """Timed calls of one side in a row."""
+
+_WINDOW_MS = 1000.0
+"""What a window may take: slow calls have windows of fewer calls, so that the sides still take turns often."""
+
+_WARMUP, _WARMUP_MS = 3, 2000.0
+"""Calls a side before anything counts; no more of them once so much time has passed."""
 
 _REST_SECONDS = 0.02
 """Pause before a window: ONNX Runtime's and OpenMP's idle threads spin for some milliseconds, on the other's cores."""
 
+_LEAST_WINDOWS = 5
+"""Windows below which an interval would say nothing."""
 
-class Spread(BaseModel):
-    """Median and quartiles."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    median: float
-    p25: float
-    p75: float
+_RESAMPLES = 2000
 
 
 class Timing(BaseModel):
     """One side's calls in milliseconds, in the order they were made.
 
     Attributes:
-        samples_ms: the timed calls. warmup_ms: the calls before them, the first one included.
-        window: how many of the samples were made in a row before the other side's turn.
+        samples_ms: the timed calls. warmup_ms: the calls before them.
+        window: how many of the samples were made in a row before the next side's turn.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,90 +61,86 @@ class Timing(BaseModel):
             p75_ms=p75,
         )
 
-    def ratio_to(self, other: Timing) -> Spread:
-        """This side's time over the other's: median and quartiles of the ratios of neighbouring windows' medians."""
-        mine, theirs = (np.median(np.reshape(side.samples_ms, (-1, side.window)), axis=1) for side in (self, other))
-        p25, median, p75 = (float(value) for value in np.percentile(mine / theirs, [25, 50, 75]))
-        return Spread(median=median, p25=p25, p75=p75)
+    @property
+    def windows_ms(self) -> NDArray[np.float64]:
+        """The median of each window."""
+        return np.asarray(np.median(np.reshape(self.samples_ms, (-1, self.window)), axis=1))
 
 
-def _call_ms(call: Callable[[], object]) -> float:
+class Ratio(BaseModel):
+    """One side's time over another's, from windows that were neighbours in time.
+
+    Attributes:
+        median: of the windows' ratios.
+        low, high: bootstrap 95% interval of that median; None where there are too few windows for one.
+        windows: how many there are.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    median: float
+    low: float | None
+    high: float | None
+    windows: int
+
+
+def ratio_of(side: Timing, other: Timing) -> Ratio:
+    """How many times as long `side` takes as `other`: above 1 the other is faster.
+
+    The interval is a percentile bootstrap over windows, not over calls: calls of one window share what the machine
+    did meanwhile.
+    """
+    ratios = side.windows_ms / other.windows_ms
+    median, count = float(np.median(ratios)), len(ratios)
+    if count < _LEAST_WINDOWS:
+        return Ratio(median=median, low=None, high=None, windows=count)
+    drawn = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
+    low, high = (float(value) for value in np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5]))
+    return Ratio(median=median, low=low, high=high, windows=count)
+
+
+def call_ms(call: Callable[[], object]) -> float:
+    """How long one call takes."""
     start = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - start) / 1e6
 
 
-def time_alternating(
-    first: Callable[[], object], second: Callable[[], object], *, repeats: int, warmup: int = 3, label: str = "timing"
-) -> tuple[Timing, Timing]:
-    """Time two calls in one run, in turns, so that what else the machine does falls on both.
+def _warmed_up(call: Callable[[], object]) -> list[float]:
+    taken: list[float] = []
+    while len(taken) < _WARMUP and sum(taken) < _WARMUP_MS:
+        taken.append(call_ms(call))
+    return taken
 
-    Turns are windows of a few calls, the side that begins changes each time, and each window has a rest and one
-    untimed call before it.
+
+def time_alternating(
+    calls: Sequence[Callable[[], object]],
+    *,
+    repeats: int,
+    between: Callable[[], object] = lambda: None,
+    label: str = "timing",
+) -> list[Timing]:
+    """Time calls in one run, in turns, so that what else the machine does falls on all of them.
+
+    Turns are windows of a few calls, the side that begins changes each time, and each window has a rest before it and,
+    where it is of several calls, one untimed call.
 
     Args:
-        first, second: calls that return when their work is done.
+        calls: return when their work is done.
         repeats: timed calls a side; rounded up to whole windows.
-        warmup: calls a side before anything counts; kept apart.
+        between: called once every turn, untimed.
         label: what the progress bar says.
     """
-    calls = (first, second)
-    window = min(_WINDOW, repeats)
-    turns = -(-repeats // window)
-    warmups = [[_call_ms(call) for _ in range(warmup)] for call in calls]
-    samples: list[list[float]] = [[], []]
-    for turn in progress.track(range(turns), label):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+    warmups = [_warmed_up(call) for call in calls]
+    slowest = max(min(taken) for taken in warmups)
+    window = max(1, min(_WINDOW, repeats, int(_WINDOW_MS / max(slowest, 1e-6))))
+    samples: list[list[float]] = [[] for _ in calls]
+    for turn in progress.track(range(-(-repeats // window)), label):
+        for place in range(len(calls)):
+            side = (turn + place) % len(calls)
             time.sleep(_REST_SECONDS)
-            calls[side]()
-            samples[side] += [_call_ms(calls[side]) for _ in range(window)]
-    return Timing.from_samples(samples[0], warmups[0], window), Timing.from_samples(samples[1], warmups[1], window)
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def busy_cores(seconds: float = 0.3) -> float | None:
-    """How many cores of the machine others keep busy, measured while this process sleeps; None where Linux is not.
-
-    Not the load average: that still counts what this process itself did in the minute before.
-    """
-
-    def ticks() -> tuple[int, int]:
-        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
-        return sum(fields), fields[3] + fields[4]
-
-    try:
-        total, idle = ticks()
-        time.sleep(seconds)
-        total_after, idle_after = ticks()
-    except (OSError, ValueError, IndexError):
-        return None
-    passed = total_after - total
-    return (os.cpu_count() or 1) * (1 - (idle_after - idle) / passed) if passed else 0.0
-
-
-def environment(threads: int) -> dict[str, str]:
-    """What the figures depend on: processor, threads, what else runs, versions, and when."""
-    from mi2rage_engines.ort_engine import usable_cores
-
-    found = {
-        "cpu": _cpu_name(),
-        "cores": str(usable_cores()),
-        "threads": str(threads),
-        "os": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-    busy = busy_cores()
-    if busy is not None:
-        found["cores busy at start"] = f"{busy:.2f}"
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return found
+            if window > 1:
+                calls[side]()
+            samples[side] += [call_ms(calls[side]) for _ in range(window)]
+        between()
+    return [Timing.from_samples(*both, window) for both in zip(samples, warmups, strict=True)]

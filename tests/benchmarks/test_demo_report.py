@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mi2rage_benchmarks.bench import BenchCell, BenchReport
 from mi2rage_benchmarks.demo import DemoConfig, DemoResult, Student, summary_from
 from mi2rage_benchmarks.demo_report import marked_html, write_demo_report
-from mi2rage_benchmarks.probes import Spread, Timing
+from mi2rage_benchmarks.probes import Ratio, Timing
+from mi2rage_benchmarks.report import EAGER, BenchCell, BenchReport, SideResult
 from mi2rage_benchmarks.standalone import StandaloneRun
 from mi2rage_engines.bundle import Manifest, ParityRecord
 from mi2rage_engines.errors import InputError
@@ -37,14 +37,19 @@ def result(tmp_path: Path) -> DemoResult:
     flat = np.ones(len(rows)), np.full((len(rows), 2), 0.5)
     scores = TeacherScores(added + 1, added, 1.25, *flat, ("None", "a"), (1.0,), 0.1, 0.1)
     timing = Timing.from_samples([1.0, 2.0, 3.0], [9.0], 1)
+    ratio = Ratio(median=1.5, low=1.25, high=1.75, windows=6)
     cell = BenchCell(
-        name="classifier",
+        subject="classifier",
+        title="classifier",
+        kind="graph",
         batch_size=1,
         sizes={},
-        difference=0.0,
-        pytorch=timing,
-        onnxruntime=timing,
-        ratio=Spread(median=1.5, p25=1.25, p75=1.75),
+        items=1,
+        flop=0,
+        sides=(
+            SideResult(name=EAGER, timing=timing),
+            SideResult(name="ONNX Runtime fp32", timing=timing, ratio=ratio),
+        ),
     )
     parity = ParityRecord(subject="classifier", measure="max_abs", value=1e-6, threshold=1e-4, passed=True, cases=3)
     manifest = Manifest(schema_version=2, source={}, tool_versions={}, parity=(parity,), files={})

@@ -1,0 +1,188 @@
+"""One cell: the same work by every side, answers compared, then timed in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mi2rage_benchmarks.limits import GemmRate
+from mi2rage_benchmarks.probes import Timing, call_ms, ratio_of, time_alternating
+from mi2rage_benchmarks.report import EAGER, BenchCell, SideResult
+from mi2rage_benchmarks.sides import BundleSide, Clocked, compiled
+from mi2rage_benchmarks.work import GENERATION_ALONE, Call, Work
+from mi2rage_engines.bundle import ParityRecord
+from mi2rage_engines.errors import EngineError, ParityError
+
+if TYPE_CHECKING:
+    from mi2rage_engines.spec import Precision
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["COMPILED", "CellRunner", "held_against"]
+
+COMPILED = "torch.compile"
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    """A side on its way through a cell."""
+
+    name: str
+    call: Call | None = None
+    failed: str | None = None
+    checks: tuple[ParityRecord, ...] = ()
+    first_ms: float | None = None
+
+    def fail(self, reason: str) -> None:
+        self.call, self.failed = None, " ".join(reason.split())[:300]
+        logger.warning("%s failed: %s", self.name, self.failed)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellRunner:
+    """Runs cells on the same sides.
+
+    Attributes:
+        models: the PyTorch models by role.
+        sides: the bundles.
+        compile: whether `torch.compile` is a side too.
+        gemm: the run's ceiling, sampled between turns.
+        repeats: timed calls a side and cell.
+    """
+
+    models: Mapping[str, Any]
+    sides: Sequence[BundleSide]
+    compile: bool
+    gemm: GemmRate
+    repeats: int
+
+    def run(self, subject: str, work: Work) -> BenchCell:
+        """Compare, time and count one work.
+
+        Raises:
+            ParityError: a bundle in fp32 answers differently from the models: it was exported from others.
+            BundleError: a bundle does not take what the models take.
+        """
+        models = {role: self.models[role] for role in work.roles}
+        eager = _Entry(EAGER, work.on_torch(models))
+        expected, counter = work.count(models)
+        entries = [eager]
+        if self.compile:
+            entries.append(self._compiled(work, models, expected))
+        for side in self.sides:
+            entries += self._of_bundle(work, side, expected)
+        timed = [entry for entry in entries if entry.call is not None]
+        timings = time_alternating(
+            [entry.call for entry in timed if entry.call is not None],
+            repeats=self.repeats,
+            between=self.gemm.sample,
+            label=f"{work.title}, batch {work.batch_size}",
+        )
+        found = {entry.name: timing for entry, timing in zip(timed, timings, strict=True)}
+        return BenchCell(
+            subject=subject,
+            title=work.title,
+            kind=work.kind,
+            batch_size=work.batch_size,
+            sizes=work.sizes,
+            items=work.items,
+            flop=counter.flop,
+            sides=tuple(self._result(entry, found) for entry in entries),
+        )
+
+    def _compiled(self, work: Work, models: Mapping[str, Any], expected: Any) -> _Entry:
+        import torch
+
+        entry = _Entry(COMPILED)
+        # Each cell compiles for its own sizes; what an earlier one left would make shapes dynamic.
+        torch.compiler.reset()
+        try:
+            entry.call = work.on_torch(compiled(models))
+            entry.first_ms, answer = _timed_answer(entry.call)
+        except Exception as error:  # the compiler's have no common base; the row says which it was
+            entry.fail(f"{type(error).__name__}: {error}")
+            return entry
+        entry.checks = work.compare(answer, expected, "fp32")
+        if reason := _broken(entry.checks):
+            entry.fail(reason)
+        return entry
+
+    def _of_bundle(self, work: Work, side: BundleSide, expected: Any) -> list[_Entry]:
+        main = _Entry(side.name)
+        try:
+            calls = work.on_bundle(side)
+            call = calls.pop("")
+            main.call = call if work.kind == "graph" or calls else Clocked(call, side.clock)
+            main.first_ms, answer = _timed_answer(main.call)
+        except EngineError as error:
+            main.fail(str(error))
+            return [main]
+        precision = side.precision(work.graphs(side.manifest))
+        main.checks = work.compare(answer, expected, precision)
+        if reason := _broken(main.checks):
+            _refuse_other_model(work, side, precision, reason)
+            main.fail(reason)
+        return [main, *(_Entry(f"{side.name}, {name}", other) for name, other in calls.items())]
+
+    def _result(self, entry: _Entry, found: Mapping[str, Timing]) -> SideResult:
+        timing = found.get(entry.name)
+        if timing is None:
+            return SideResult(name=entry.name, failed=entry.failed, checks=entry.checks)
+        alone = found.get(f"{entry.name}, {GENERATION_ALONE}")
+        outside_ms, outside_share = _outside(entry.call)
+        return SideResult(
+            name=entry.name,
+            checks=entry.checks,
+            first_ms=entry.first_ms,
+            timing=timing,
+            ratio=None if entry.name == EAGER else ratio_of(found[EAGER], timing),
+            outside_ms=outside_ms,
+            outside_share=outside_share,
+            of_generation=None if alone is None else ratio_of(alone, timing),
+        )
+
+
+def held_against(cell: BenchCell, gflops: float) -> BenchCell:
+    """The cell with each side's fraction of a run's ceiling, which is known when the run ends."""
+
+    def held(side: SideResult) -> SideResult:
+        # Of a part of the work the operations were not counted.
+        if side.timing is None or side.name.endswith(f", {GENERATION_ALONE}"):
+            return side
+        return side.model_copy(update={"gemm_fraction": cell.flop / side.timing.median_ms / 1e6 / gflops})
+
+    return cell.model_copy(update={"sides": tuple(map(held, cell.sides))})
+
+
+def _timed_answer(call: Call) -> tuple[float, Any]:
+    answers: list[Any] = []
+    return call_ms(lambda: answers.append(call())), answers[0]
+
+
+def _broken(checks: Sequence[ParityRecord]) -> str | None:
+    """What an answer that breaks a bound is told off with."""
+    for check in checks:
+        if not check.passed:
+            return f"{check.measure} is {check.value:.3g}, the bound is {check.threshold}"
+    return None
+
+
+def _refuse_other_model(work: Work, side: BundleSide, precision: Precision, reason: str) -> None:
+    # In a lower precision random weights may well drift apart: that is the row's failure, and not another model.
+    if precision == "fp32":
+        raise ParityError(
+            f"{work.title}: {side.folder} and the PyTorch model differ: {reason}; a comparison of their speed would "
+            "mean nothing; expected the model that the bundle was exported from; give that one, or export again"
+        )
+
+
+def _outside(call: Call | None) -> tuple[float | None, float | None]:
+    """Median milliseconds outside the engines, and their share, of a clocked call; its first time is left out."""
+    if not isinstance(call, Clocked):
+        return None, None
+    outside, total = np.array(call.outside_ms[1:]), np.array(call.total_ms[1:])
+    return float(np.median(outside)), float(np.median(outside / total))

@@ -1,0 +1,197 @@
+"""The sides of a comparison: PyTorch as it is, PyTorch compiled, and bundles whose engines carry a clock."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mi2rage_engines.bundle import Manifest
+from mi2rage_engines.engine import Engine
+from mi2rage_export import parity
+from mi2rage_rt.bundle import Bundle
+
+if TYPE_CHECKING:
+    from mi2rage_engines.spec import GraphSpec, Precision
+
+__all__ = ["BundleSide", "Clocked", "EngineClock", "bundle_sides", "compiled"]
+
+T = TypeVar("T")
+
+
+class EngineClock:
+    """Seconds spent in the engines of a bundle; of one thread's calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `call` answers, its time added."""
+        start = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class _ClockedEngine:
+    """An engine that reports its runs and calls to a clock, and is the engine itself in all else."""
+
+    def __init__(self, engine: Engine, clock: EngineClock) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.timed(self._engine.run, *args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        engine: Any = self._engine
+        return self._clock.timed(engine.call, *args, **kwargs)
+
+
+class Clocked:
+    """A call that keeps, of each time it was made, the milliseconds in all and outside the engines."""
+
+    def __init__(self, call: Callable[[], object], clock: EngineClock) -> None:
+        self._call = call
+        self._clock = clock
+        self.total_ms: list[float] = []
+        self.outside_ms: list[float] = []
+
+    def __call__(self) -> object:
+        before, start = self._clock.seconds, time.perf_counter()
+        answer = self._call()
+        total = time.perf_counter() - start
+        self.total_ms.append(1000 * total)
+        self.outside_ms.append(1000 * (total - (self._clock.seconds - before)))
+        return answer
+
+
+class BundleSide:
+    """A bundle on ONNX Runtime's CPU provider; graphs are loaded when they are first asked for, and kept.
+
+    Args:
+        folder: the bundle.
+        threads: CPU threads of one operator.
+
+    Raises:
+        BundleError: the bundle is not whole.
+    """
+
+    def __init__(self, folder: Path, threads: int | None) -> None:
+        self.folder = folder
+        self.name = ""
+        self.clock = EngineClock()
+        self._bundle = Bundle.open(folder, providers=("CPUExecutionProvider",), threads=threads)
+        open_engine = self._bundle.open_engine
+        self._bundle.open_engine = lambda *args, **kwargs: cast(
+            "Engine", _ClockedEngine(open_engine(*args, **kwargs), self.clock)
+        )
+        self._kept: dict[Any, Any] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in the bundle."""
+        return self._bundle.manifest
+
+    def engine(self, graph: str) -> Engine:
+        """The engine of a graph, e.g. `generator/unet`."""
+        file = self.folder / self.manifest.graphs[graph].file
+        return self._keep(graph, lambda: self._bundle.open_engine(file))
+
+    def component(self, role: str, options: Any = None) -> Any:
+        """The runtime's generator, captioner or classifier, its defaults set by `options` where there are some."""
+        make = getattr(self._bundle, role)
+        return self._keep((role, options), make if options is None else lambda: make(options))
+
+    def _keep(self, key: Any, make: Callable[[], T]) -> T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return cast("T", self._kept[key])
+
+    def release(self) -> None:
+        """Let go of what was loaded."""
+        self._kept.clear()
+
+    def precision(self, graphs: Iterable[str]) -> Precision:
+        """The lowest precision among graphs."""
+        return parity.lowest(self.manifest.graphs[name] for name in graphs)
+
+    def weights_bytes(self, graphs: Iterable[str]) -> int:
+        """Sizes of the files that hold graphs and their weights, each once."""
+        specs: list[GraphSpec] = [self.manifest.graphs[name] for name in graphs]
+        files = {file for spec in specs for file in self.manifest.files if _belongs(file, spec.file)}
+        return sum(self.manifest.files[file].bytes for file in files)
+
+
+def _belongs(file: str, graph: str) -> bool:
+    # Weights too large to embed lie beside the graph, under its name with something behind it.
+    return file == graph or file.startswith((f"{graph}_", f"{graph}."))
+
+
+def bundle_sides(folders: Sequence[Path], threads: int | None) -> list[BundleSide]:
+    """The bundles opened, named by their precision, and by their folder too where that tells not enough."""
+    sides = [BundleSide(folder, threads) for folder in folders]
+    names = [f"ONNX Runtime {side.manifest.precision}" for side in sides]
+    for side, name in zip(sides, names, strict=True):
+        side.name = name if names.count(name) == 1 else f"{name} ({side.folder.name})"
+    return sides
+
+
+def compiled(models: Mapping[str, Any]) -> dict[str, Any]:
+    """The same models, weights shared, the forward of every network compiled; nothing is compiled before it is called.
+
+    Args:
+        models: `TorchGenerator`, `TorchCaptioner` and `LoadedClassifier` by role.
+    """
+    return {role: _COMPILED[role](model) for role, model in models.items()}
+
+
+def _compiled_module(module: Any) -> Any:
+    import torch
+
+    # A copy has attributes of its own and shares submodules and weights; torch's `OptimizedModule` would not do, since
+    # a captioner's `generate` leads back to the module inside.
+    clone = copy.copy(module)
+    clone.forward = torch.compile(module.forward)
+    return clone
+
+
+def _compiled_generator(generator: Any) -> Any:
+    import torch
+
+    pipeline = copy.copy(generator.pipeline)
+    parts = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None]
+    # Past the pipeline's own attribute setter, which would write into the configuration that both share.
+    vars(pipeline).update({name: _compiled_module(getattr(pipeline, name)) for name in parts})
+    vae = copy.copy(pipeline.vae)
+    vae.decode = torch.compile(vae.decode)
+    vars(pipeline)["vae"] = vae
+    return type(generator)(generator.name, pipeline, generator.settings)
+
+
+def _compiled_captioner(captioner: Any) -> Any:
+    clone, module = copy.copy(captioner), copy.copy(captioner.module)
+    parts = ("vision_model", "text_decoder", "encoder", "decoder")
+    # An attribute set the usual way would replace the submodule in the original too: both share one registry.
+    vars(module).update({name: _compiled_module(getattr(module, name)) for name in parts if hasattr(module, name)})
+    clone.module = module
+    return clone
+
+
+def _compiled_classifier(classifier: Any) -> Any:
+    clone = copy.copy(classifier)
+    clone.module = _compiled_module(classifier.module)
+    return clone
+
+
+_COMPILED: dict[str, Callable[[Any], Any]] = {
+    "generator": _compiled_generator,
+    "captioner": _compiled_captioner,
+    "classifier": _compiled_classifier,
+}
