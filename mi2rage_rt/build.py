@@ -123,14 +123,13 @@ def build_bundle(bundle: Path | str, settings: BuildSettings | None = None) -> l
     api, device = open_api(settings.backend), find_device()
     jobs = _jobs(folder, manifest, settings, api, device)
     kept = {job.path: record for job in jobs if (record := _standing(job, settings.force)) is not None}
-    if len(kept) < len(jobs) and not os.access(folder, os.W_OK):
-        raise InputError(f"{folder}: cannot be written; expected a folder that takes plans/; copy it to such a place")
+    for job in (job for job in jobs if job.path not in kept):
+        _check_place(folder, job.path)
     cache = PlanCache(settings.cache or default_cache_folder(), settings.cache_limit_bytes)
     results = []
     with steps("building", len(jobs)) as bar:
         for job in jobs:
-            record = kept.get(job.path)
-            how = "kept"
+            record, how = kept.get(job.path), "kept"
             if record is None:
                 record, how = _fetch(folder, job, api, cache, bar)
             else:
@@ -162,6 +161,13 @@ def _jobs(folder: Path, manifest: Manifest, settings: BuildSettings, api: TrtApi
             request = request_for(api, device, graph, graph_sha256_from_manifest(manifest, graph.file), options)
             jobs.append(_Job(name, graph, target, options, request, plan_path(folder, target.name, name)))
     return jobs
+
+
+def _check_place(folder: Path, plan: Path) -> None:
+    """Refuse before a long build what could not be written after it."""
+    place = next(parent for parent in plan.parents if parent == folder or os.path.lexists(parent))
+    if plan.is_dir() or not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{plan}: cannot be written; expected a folder that takes plans; build in a copy of {folder}")
 
 
 def _chosen(folder: Path, manifest: Manifest, wanted: Sequence[str]) -> dict[str, GraphSpec]:

@@ -79,13 +79,13 @@ class Bundle:
             MissingExtraError: onnxruntime is not installed.
             EngineError: a graph cannot be loaded.
         """
-        from mi2rage_rt.generator import RuntimeGenerator
+        from mi2rage_rt.generator import RuntimeGenerator, graphs_to_load
         from mi2rage_rt.text import PlainTokenizer
 
         spec = self._component("generator", self.manifest.generator)
         tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
         second = None if spec.tokenizer_2 is None else PlainTokenizer(spec.tokenizer_2, self.folder)
-        return RuntimeGenerator(spec, self._engines(spec.graphs), tokenizer, options, second)
+        return RuntimeGenerator(spec, self._engines(graphs_to_load(spec)), tokenizer, options, second)
 
     def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
         """Image to text. Raises as `generator`."""
@@ -103,7 +103,7 @@ class Bundle:
 
         spec = self._component("classifier", self.manifest.classifier)
         tokenizer = EntityMarkedTokenizer.from_spec(spec.tokenizer, self.folder)
-        return RuntimeClassifier(spec, self._engines(spec.graphs)["classifier"], tokenizer, batch_size)
+        return RuntimeClassifier(spec, self._engines(spec.graphs), tokenizer, batch_size)
 
     def _component(self, name: str, spec: S | None) -> S:
         if spec is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mi2rage_engines.engine import Array, Engine, check_names
-from mi2rage_engines.errors import DataError, EngineError, InputError
+from mi2rage_engines.engine import Array, DeviceArray, Engine, check_names
+from mi2rage_engines.errors import DataError, InputError
 from mi2rage_engines.spec import CaptionerSpec
+from mi2rage_rt.beam_search import BeamSearch, BeamSettings
+from mi2rage_rt.decoder_state import CROSS, DecoderState, GrowingState, StaticState, is_on_host, room_for
 from mi2rage_rt.decoding import choose_tokens
 from mi2rage_rt.images import pixel_values
 from mi2rage_rt.protocols import Image
@@ -19,8 +22,9 @@ from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["CaptionOptions", "RuntimeCaptioner"]
 
-_CROSS = ("cross_keys", "cross_values")
-_STATE = ("past_keys", "past_values", *_CROSS)
+_STATE = ("past_keys", "past_values", *CROSS)
+_TAKES = {"decoder": ("input_ids", *_STATE), "decoder_static": ("input_ids", "position", *_STATE)}
+_GIVES = ("logits", "present_keys", "present_values")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,13 +34,21 @@ class CaptionOptions:
     Attributes:
         max_new_tokens: tokens after the prefix at most; None takes the bundle's default.
         top_p, temperature: of nucleus sampling, see `choose_tokens`.
-        batch_size: images captioned together at most.
+        batch_size: captions decoded together at most; each beam of an image is one.
+        beams: of the beam search where no seeds are given; 1 is greedy.
+        length_penalty, early_stopping: of the beam search, see `BeamSettings`.
+        static_cache: whether the graph `decoder_static` is used, whose steps all have the same shapes; None where the
+            bundle has it and the engine is not the CPU's, which gains nothing by it, and for no beam search.
     """
 
     max_new_tokens: int | None = None
     top_p: float = 0.9
     temperature: float = 1.0
     batch_size: int = 16
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    static_cache: bool | None = None
 
 
 class RuntimeCaptioner:
@@ -44,7 +56,7 @@ class RuntimeCaptioner:
 
     Args:
         spec: the component's part of the manifest.
-        engines: `vision` and `decoder`.
+        engines: `vision`, and `decoder`, `decoder_static`, or both.
         tokenizer: the captions'.
         options: defaults of every call.
 
@@ -64,11 +76,11 @@ class RuntimeCaptioner:
         self.options = options or CaptionOptions()
         self._tokenizer = tokenizer
         self._vision = engines["vision"]
-        self._decoder = engines["decoder"]
+        self._decoders = {name: engine for name, engine in engines.items() if name != "vision"}
         self._takes_images = any(tensor.name == "image" for tensor in self._vision.inputs)
-        check_names(self._vision, ["image", "rows", "columns"] if self._takes_images else ["pixel_values"], _CROSS)
-        check_names(self._decoder, ["input_ids", *_STATE], ["logits", "present_keys", "present_values"])
-        self._dtype = next(tensor.dtype for tensor in self._decoder.inputs if tensor.name == "past_keys")
+        check_names(self._vision, ["image", "rows", "columns"] if self._takes_images else ["pixel_values"], CROSS)
+        for name, engine in self._decoders.items():
+            check_names(engine, _TAKES[name], _GIVES)
 
     def caption(
         self,
@@ -84,7 +96,7 @@ class RuntimeCaptioner:
         Args:
             images: uint8 `(H, W, 3)` each.
             prefixes: one an image; by default none.
-            seeds: one an image for nucleus sampling; None for greedy decoding.
+            seeds: one an image for nucleus sampling; None for greedy decoding or beam search.
             options: in place of those given at construction.
             with_prefix: off leaves the prefix out of what is returned.
 
@@ -102,11 +114,12 @@ class RuntimeCaptioner:
                 "expected one of each for every image"
             )
         captions = [""] * len(images)
+        images_at_once = max(1, options.batch_size // (options.beams if seeds is None else 1))
         # Rows of one call have equal lengths: the decoder graph knows no padding.
         for length in sorted({len(prompt) for prompt in prompts}):
             rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
-            for start in range(0, len(rows), options.batch_size):
-                batch = rows[start : start + options.batch_size]
+            for start in range(0, len(rows), images_at_once):
+                batch = rows[start : start + images_at_once]
                 ids = self.generate_ids(
                     [images[row] for row in batch],
                     [prompts[row] for row in batch],
@@ -133,7 +146,7 @@ class RuntimeCaptioner:
         Args:
             images: uint8 `(H, W, 3)` each.
             prompts: what `prompt_ids` gave, all of one length.
-            seeds: None for greedy decoding.
+            seeds: None for greedy decoding or beam search.
             options: in place of those given at construction.
         """
         options = options or self.options
@@ -144,38 +157,109 @@ class RuntimeCaptioner:
                 f"(the model has {self._tokenizer.max_length} positions)"
             )
         limit = min(options.max_new_tokens or self.spec.max_new_tokens, room)
-        state = self._start(images)
-        written = [list(prompt) for prompt in prompts]
-        active = np.arange(len(images))
-        step_ids = np.array(prompts, dtype=np.int64)
-        for step in range(limit):
-            logits = self._advance(step_ids, state)
-            chosen = choose_tokens(
-                logits,
-                None if seeds is None else [seeds[int(row)] for row in active],
-                step,
-                top_p=options.top_p,
-                temperature=options.temperature,
-            )
-            going = chosen != self.spec.eos_id
-            for row, token in zip(active[going], chosen[going], strict=True):
-                written[row].append(int(token))
-            if not going.any():
-                break
-            if not going.all():
-                state.update({name: array[:, going] for name, array in state.items()})
-            active, step_ids = active[going], chosen[going, None]
-        return [ids[1:] for ids in written]
-
-    def _start(self, images: Sequence[Image]) -> dict[str, Array]:
-        """The decoder's state before the first id: an empty past, and what the images give."""
-        spec = self.spec
-        empty = np.zeros((spec.layers, len(images), spec.heads, 0, spec.head_size), dtype=self._dtype)
-        if self._takes_images:
-            cross = self._look_by_size(images)
+        searches = seeds is None and options.beams > 1
+        start = np.array(prompts, dtype=np.int64)
+        state = self._state(self._look(images), start.shape, limit, options, searches=searches)
+        if searches:
+            written = self._search(state, start, limit, options)
         else:
-            cross = self._vision.run({"pixel_values": pixel_values(images, spec.preprocessing)})
-        return {"past_keys": empty, "past_values": empty, **{name: cross[name] for name in _CROSS}}
+            written = self._write(state, start, limit, seeds, options)
+        return [[*prompt[1:], *ids] for prompt, ids in zip(prompts, written, strict=True)]
+
+    def _write(
+        self,
+        state: DecoderState,
+        start: NDArray[np.int64],
+        limit: int,
+        seeds: Sequence[int] | None,
+        options: CaptionOptions,
+    ) -> list[list[int]]:
+        """Greedy decoding or sampling: the ids behind `start` `(B, L)` of each row."""
+        written: list[list[int]] = [[] for _ in start]
+        images = np.arange(len(start))  # of the state's rows
+        going = np.arange(len(start))  # rows of the state that are not finished
+        ids = start
+        for step in range(limit):
+            logits = state.advance(ids)[going] if len(going) < state.rows else state.advance(ids)
+            drawn = None if seeds is None else [seeds[image] for image in images[going].tolist()]
+            chosen = choose_tokens(logits, drawn, step, top_p=options.top_p, temperature=options.temperature)
+            open_ = chosen != self.spec.eos_id
+            going, chosen = going[open_], chosen[open_]
+            for image, token in zip(images[going].tolist(), chosen.tolist(), strict=True):
+                written[image].append(token)
+            if not len(going) or step + 1 == limit:
+                break
+            if state.worth_dropping(len(going)):
+                state.keep(going)
+                images, going = images[going], np.arange(len(going))
+            ids = self._fed(state, going, chosen)
+        return written
+
+    def _search(
+        self, state: DecoderState, start: NDArray[np.int64], limit: int, options: CaptionOptions
+    ) -> list[list[int]]:
+        """Beam search: the ids behind `start` `(B, L)` of each image's best caption."""
+        settings = BeamSettings(options.beams, options.length_penalty, options.early_stopping)
+        search = BeamSearch(len(start), settings, self.spec.eos_id, limit)
+        logits = state.advance(start)  # one row an image, all beams are alike
+        if 2 * options.beams > logits.shape[1]:
+            raise InputError(
+                f"beams {options.beams}: the captioner knows {logits.shape[1]} tokens; expected half as many at most"
+            )
+        search.advance(logits)
+        if len(search.open):
+            state.keep(search.origin)
+        going = np.arange(state.rows)  # rows of the state whose images are not done
+        while len(search.open):
+            search.advance(state.advance(self._fed(state, going, search.ids))[going])
+            origin = going[search.origin]
+            if len(origin) and state.worth_dropping(len(origin)):
+                state.keep(origin)
+                going = np.arange(state.rows)
+            else:  # beams stay among their image's rows
+                going = origin // settings.beams * settings.beams + np.arange(len(origin)) % settings.beams
+                order = np.arange(state.rows)
+                order[going] = origin
+                state.reorder(order)
+        return search.best()
+
+    def _fed(self, state: DecoderState, going: NDArray[np.int64], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ids `(rows, 1)` for the next step; finished rows that are still there are given the end again."""
+        ids = np.full((state.rows, 1), self.spec.eos_id, dtype=np.int64)
+        ids[going, 0] = chosen
+        return ids
+
+    def _state(
+        self,
+        cross: Mapping[str, Array | DeviceArray],
+        prompt: tuple[int, ...],
+        limit: int,
+        options: CaptionOptions,
+        *,
+        searches: bool,
+    ) -> DecoderState:
+        """The decoder before the first id of prompts `(B, L)`: an empty past, and what the images give."""
+        static = self._decoders.get("decoder_static")
+        wanted = options.static_cache
+        if wanted and static is None:
+            raise InputError(
+                f"{self.name}: a static cache was asked for, and the bundle has no graph decoder_static; expected one "
+                "that was exported with --static-cache; export it so, or leave static_cache out"
+            )
+        if wanted is None:
+            wanted = static is not None and not searches and not is_on_host(static)
+        if "decoder" not in self._decoders or (static is not None and wanted):
+            static = self._decoders["decoder_static"]
+            room = room_for(prompt[1] + limit - 1, self.spec)
+            return StaticState(static, cross, self.spec, prompt[0], room, on_host=is_on_host(static))
+        engine = self._decoders["decoder"]
+        return GrowingState(engine, cross, self.spec, prompt[0], on_host=is_on_host(engine))
+
+    def _look(self, images: Sequence[Image]) -> Mapping[str, Array | DeviceArray]:
+        """The cross-attention's keys and values of the images, once for all tokens."""
+        if self._takes_images:
+            return self._look_by_size(images)
+        return self._vision.call({"pixel_values": pixel_values(images, self.spec.preprocessing)})
 
     def _look_by_size(self, images: Sequence[Image]) -> dict[str, Array]:
         """What a vision graph with preprocessing gives for images of any sizes; those of one size run together."""
@@ -185,19 +269,7 @@ class RuntimeCaptioner:
             places += batch
             answers.append(self._vision.run(inputs))
         order = np.argsort(places)
-        return {name: np.concatenate([answer[name] for answer in answers], axis=1)[:, order] for name in _CROSS}
-
-    def _advance(self, ids: NDArray[np.int64], state: dict[str, Array]) -> NDArray[np.float32]:
-        """Run the decoder on `ids` `(B, L)`, move `state` on, and return the last logits `(B, V)`."""
-        output = self._decoder.run({"input_ids": ids, **state})
-        state["past_keys"], state["past_values"] = output["present_keys"], output["present_values"]
-        logits: NDArray[np.float32] = output["logits"][:, -1].astype(np.float32, copy=False)
-        if np.isnan(logits).any():
-            raise EngineError(
-                f"{self._decoder.name}: the logits hold NaN; the graph's precision is too low for this model; "
-                "export it in a higher one"
-            )
-        return logits
+        return {name: np.concatenate([answer[name] for answer in answers], axis=1)[:, order] for name in CROSS}
 
 
 def _check_options(options: CaptionOptions) -> None:
@@ -207,3 +279,5 @@ def _check_options(options: CaptionOptions) -> None:
         raise InputError(f"temperature {options.temperature}: expected a number above 0, e.g. 1.0")
     if options.batch_size < 1:
         raise InputError(f"batch size {options.batch_size}: expected 1 or more")
+    if options.beams < 1:
+        raise InputError(f"beams {options.beams}: expected 1 (greedy) or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,14 +10,24 @@ from numpy.typing import NDArray
 
 from mi2rage_rt import noise
 
-__all__ = ["choose_tokens", "nucleus_mask"]
+__all__ = ["choose_tokens", "nucleus_ids", "nucleus_mask"]
+
+_ROUNDING = 1e-10
+"""Far above what sums of some 100,000 shares in float64 differ by when they are taken in another order."""
+
+_FLOORS = (1e-3, 1e-5)
+"""Shares below which tokens are left out at first. What needs more tokens than these leave is nearly uniform."""
+
+_WHOLE_DRAW = 8
+"""A nucleus of more than one token in so many takes its noise in one call: one by one would cost more."""
 
 
 def nucleus_mask(logits: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]:
     """Which tokens belong to the nucleus (Holtzman et al. 2020, section 3.1).
 
     The nucleus is the smallest set of the most probable tokens whose probabilities sum to at least `top_p`;
-    of equally probable ones the lower id comes first.
+    of equally probable ones the lower id comes first. This is its definition, which sorts the whole vocabulary; see
+    `nucleus_ids`.
 
     Args:
         logits: float32 `(B, V)`.
@@ -34,6 +45,33 @@ def nucleus_mask(logits: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]
     np.put_along_axis(mask, order, before < top_p, axis=-1)
     mask[np.arange(len(mask)), order[:, 0]] = True
     return mask
+
+
+def nucleus_ids(logits: NDArray[np.float32], top_p: float) -> NDArray[np.intp]:
+    """The ids that `nucleus_mask` marks in one row, ascending, without sorting what cannot be among them.
+
+    Where a sum comes so close to `top_p` that rounding would decide, the definition is asked.
+
+    Args:
+        logits: float32 `(V,)`.
+        top_p: in (0, 1].
+    """
+    wide = logits.astype(np.float64)
+    peak = wide.max()
+    weights = np.exp(wide - peak)
+    total = weights.sum()
+    for share in _FLOORS if np.isfinite(total) else ():
+        likely = np.flatnonzero(wide >= peak + math.log(share * total))
+        # Tokens above a floor that sum to more than top_p hold the whole nucleus.
+        if weights[likely].sum() <= (top_p + _ROUNDING) * total:
+            continue
+        ranked = likely[np.argsort(-logits[likely], kind="stable")]
+        shares = weights[ranked] / total
+        before = np.cumsum(shares) - shares
+        if np.abs(before - top_p).min() > _ROUNDING:
+            return np.sort(ranked[: np.count_nonzero(before < top_p)])
+        break
+    return np.flatnonzero(nucleus_mask(logits[None], top_p)[0])
 
 
 def choose_tokens(
@@ -62,6 +100,19 @@ def choose_tokens(
     if seeds is None:
         return np.asarray(np.argmax(logits, axis=-1), dtype=np.int64)
     scaled = np.asarray(logits, dtype=np.float32) / np.float32(temperature)
-    draws = np.stack([noise.gumbel(seed, scaled.shape[-1], stream=step) for seed in seeds])
-    scores = np.where(nucleus_mask(scaled, top_p), scaled + draws, -np.inf)
-    return np.asarray(np.argmax(scores, axis=-1), dtype=np.int64)
+    chosen = np.empty(len(scaled), dtype=np.int64)
+    for row, seed in enumerate(seeds):
+        ids = nucleus_ids(scaled[row], top_p)
+        chosen[row] = ids[np.argmax(scaled[row, ids] + _gumbel_at(seed, scaled.shape[-1], step, ids))]
+    return chosen
+
+
+def _gumbel_at(seed: int, size: int, stream: int, ids: NDArray[np.intp]) -> NDArray[np.float32]:
+    """`noise.gumbel(seed, size, stream)[ids]`, the same bytes, its logarithms taken at `ids` alone."""
+    if len(ids) * _WHOLE_DRAW > size:
+        return noise.gumbel(seed, size, stream)[ids]
+    uniform = noise.rng(seed, stream).random(size)
+    if not uniform.all():  # NumPy draws again where a uniform number is 0, and all behind it moves up
+        return noise.gumbel(seed, size, stream)[ids]
+    # Python's logarithm and NumPy's generators are the C library's; NumPy's own on arrays may round otherwise.
+    return np.array([-math.log(-math.log(1.0 - value)) for value in uniform[ids].tolist()], dtype=np.float32)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import time
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mi2rage_engines.engine import Array, Engine, check_names
 from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError
-from mi2rage_engines.spec import GeneratorSpec
-from mi2rage_rt import noise
-from mi2rage_rt.schedule import Schedule, schedule_for
+from mi2rage_engines.spec import GeneratorSpec, GraphSpec
+from mi2rage_rt.batch_search import BatchSearch
+from mi2rage_rt.denoising import Denoising, denoise_with_step, denoise_with_unet, guidance_embedding
+from mi2rage_rt.memory_use import memory_of
+from mi2rage_rt.schedule import Latents, guided_steps, schedule_for
 from mi2rage_rt.text import PlainTokenizer
 
-__all__ = ["GenerateOptions", "RuntimeGenerator"]
+__all__ = ["GenerateOptions", "RuntimeGenerator", "graphs_to_load"]
 
-Latents = NDArray[np.float32]
-
-_UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")
+_CONDITIONS = ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")
+_STEP_INPUTS = ("latents", "timestep", "coefficients", "guidance", "noise")
+_OWN_INPUTS = {"unet": ("sample", "timestep"), "denoise_step": _STEP_INPUTS}
+_LOOPS = {"unet": denoise_with_unet, "denoise_step": denoise_with_step}
+_OWN_OUTPUTS = {"unet": "out_sample", "denoise_step": "next_latents"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,22 +39,29 @@ class GenerateOptions:
         guidance_scale: of classifier-free guidance; 1 or less leaves it out. A model distilled with guidance is told
             it instead.
         height, width: in pixels.
-        batch_size: images made together at most.
+        batch_size: images made together at most; `auto` measures which number makes most images a second.
+        guidance_interval: shares of the steps between which guidance is on, see `guided_steps`.
+        memory_bytes: the batch is kept so small that no more is in use in all, of the process on the CPU or of the
+            GPU; an estimate from batches of one and two images.
     """
 
     steps: int | None = None
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = 8
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    memory_bytes: int | None = None
+
+
+def graphs_to_load(spec: GeneratorSpec) -> dict[str, GraphSpec]:
+    """The graphs that a `RuntimeGenerator` uses: `denoise_step` stands in for the `unet` that it holds."""
+    return {name: graph for name, graph in spec.graphs.items() if name != "unet" or "denoise_step" not in spec.graphs}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Plan:
-    schedule: Schedule
-    guidance_scale: float
-    guided: bool
-    latent_shape: tuple[int, int, int]
+    how: Denoising
     size: tuple[int, int]
 
 
@@ -63,8 +78,8 @@ class RuntimeGenerator:
 
     Args:
         spec: the component's part of the manifest.
-        engines: `text_encoder`, `unet`, and `vae_decoder` (left out by a generator that works on pixels); SDXL has
-            `text_encoder_2` too.
+        engines: `text_encoder`, `denoise_step` or else `unet`, and `vae_decoder` (left out by a generator that works on
+            pixels); SDXL has `text_encoder_2` too.
         tokenizer: the prompts'.
         options: defaults of every call.
         tokenizer_2: the second text encoder's.
@@ -87,9 +102,12 @@ class RuntimeGenerator:
         self.options = options or GenerateOptions()
         self._tokenizers = [tokenizer] if tokenizer_2 is None else [tokenizer, tokenizer_2]
         self._text_encoders = [engines[name] for name in ("text_encoder", "text_encoder_2") if name in engines]
-        self._unet = engines["unet"]
+        self._denoiser = "denoise_step" if "denoise_step" in engines else "unet"
+        self._unet = engines[self._denoiser]
         self._vae_decoder = engines.get("vae_decoder")
         self._unet_inputs = {tensor.name: tensor for tensor in self._unet.inputs}
+        self._clock, self._memory = time.perf_counter, memory_of(self._unet)
+        self._searches: dict[tuple[object, ...], BatchSearch] = {}
         self._check_graphs()
 
     def _check_graphs(self) -> None:
@@ -104,12 +122,13 @@ class RuntimeGenerator:
         for encoder, output in zip(self._text_encoders, outputs, strict=True):
             needed = [output, *pooled] if encoder is self._text_encoders[-1] else [output]
             check_names(encoder, ["input_ids"], needed)
-        check_names(self._unet, ["sample", "timestep", "encoder_hidden_states"], ["out_sample"])
-        unknown = sorted(set(self._unet_inputs) - set(_UNET_INPUTS))
+        own = _OWN_INPUTS[self._denoiser]
+        check_names(self._unet, [*own, _CONDITIONS[0]], [_OWN_OUTPUTS[self._denoiser]])
+        unknown = sorted(set(self._unet_inputs) - {*own, *_CONDITIONS})
         if unknown:
             raise EngineError(
                 f"{self._unet.name}: takes {', '.join(unknown)}, which this release does not give; expected inputs "
-                f"among {', '.join(_UNET_INPUTS)}; run it with the release that exported it"
+                f"among {', '.join((*own, *_CONDITIONS))}; run it with the release that exported it"
             )
         if self._vae_decoder is not None:
             check_names(self._vae_decoder, ["latent_sample"], ["sample"])
@@ -118,6 +137,9 @@ class RuntimeGenerator:
         self, prompts: Sequence[str], seeds: Sequence[int], options: GenerateOptions | None = None
     ) -> NDArray[np.uint8]:
         """Images for prompts; the noise of a row is drawn from its seed alone.
+
+        Equal prompts, seeds and settings give equal images whatever rows they are computed with, but for rounding:
+        sums over batches of other sizes may be added in another order, and a pixel differ by a level.
 
         Args:
             prompts: one a row; equal ones are encoded once.
@@ -135,35 +157,71 @@ class RuntimeGenerator:
         options = options or self.options
         plan = self._plan(options)
         _check_rows(prompts, seeds)
+        batch, denoise = self._batch_size(len(prompts), options, plan), _LOOPS[self._denoiser]
         images = np.empty((len(prompts), *plan.size, 3), dtype=np.uint8)
-        encoded = self._encode(list(dict.fromkeys(prompts)), options.batch_size)
-        negative = self._negative() if plan.guided else None
-        for start in range(0, len(prompts), options.batch_size):
-            rows = slice(start, start + options.batch_size)
-            conditions = self._conditions([encoded[prompt] for prompt in prompts[rows]], negative, plan)
-            latents = self._denoise(conditions, seeds[rows], plan)
-            images[rows] = self._decode(latents)
+        encoded = self._encode(list(dict.fromkeys(prompts)), batch)
+        for start in range(0, len(prompts), batch):
+            rows = slice(start, start + batch)
+            conditions = self._conditions([encoded[prompt] for prompt in prompts[rows]], plan)
+            self._decode_into(images[rows], denoise(self._unet, conditions, seeds[rows], plan.how))
         return images
+
+    def batch_size(self, rows: int, options: GenerateOptions | None = None) -> int:
+        """How many of so many images `generate` makes together, measured where the options ask for it.
+
+        What was measured is kept as long as the generator lives.
+
+        Raises:
+            InputError: the options cannot be met, or one image needs more memory than they allow.
+            EngineError: a graph failed on a single row.
+        """
+        options = options or self.options
+        return self._batch_size(rows, options, self._plan(options))
+
+    def _batch_size(self, rows: int, options: GenerateOptions, plan: _Plan) -> int:
+        most = max(1, rows if options.batch_size == "auto" else min(rows, options.batch_size))
+        if most == 1 or (options.batch_size != "auto" and options.memory_bytes is None):
+            return most
+        key = (plan.how.guided, plan.how.latent_shape)  # what a batch costs depends on nothing else
+        if key not in self._searches:
+            # Pixels and latents in float32, each with a copy.
+            least_bytes = 8 * (3 * math.prod(plan.size) + math.prod(plan.how.latent_shape))
+            self._searches[key] = BatchSearch(functools.partial(self._trial, plan), self._memory, least_bytes)
+        most = min(most, self._searches[key].within(options.memory_bytes))
+        return self._searches[key].fastest(most) if options.batch_size == "auto" else most
+
+    def _trial(self, plan: _Plan, rows: int) -> float:
+        """Seconds for `rows` images, from one step of each kind and one decoding."""
+        conditions = self._conditions([self._empty_prompt] * rows, plan)
+        images = np.empty((rows, *plan.size, 3), dtype=np.uint8)
+        denoise, seconds = _LOOPS[self._denoiser], 0.0
+        for guided in set(plan.how.guided):
+            begin = self._clock()
+            latents = denoise(self._unet, conditions, range(rows), plan.how.one_step(guided))
+            seconds += plan.how.guided.count(guided) * (self._clock() - begin)
+        begin = self._clock()
+        self._decode_into(images, latents)
+        return seconds + self._clock() - begin
 
     def _plan(self, options: GenerateOptions) -> _Plan:
         spec = self.spec
-        sizes = []
+        sizes: list[int] = []
         for name, pixels in (("height", options.height or spec.height), ("width", options.width or spec.width)):
             unit = spec.latents.downsampling * spec.latents.multiple
             if pixels <= 0 or pixels % unit:
                 raise InputError(f"{name} {pixels}: expected a positive multiple of {unit}, e.g. {getattr(spec, name)}")
             sizes.append(pixels // spec.latents.downsampling)
-        if options.batch_size < 1:
-            raise InputError(f"batch size {options.batch_size}: expected 1 or more")
+        if options.batch_size != "auto" and options.batch_size < 1:
+            raise InputError(f"batch size {options.batch_size}: expected 1 or more, or auto")
         guidance = spec.guidance_scale if options.guidance_scale is None else options.guidance_scale
         steps = spec.steps if options.steps is None else options.steps
-        return _Plan(
-            schedule=schedule_for(spec.schedules, steps),
-            guidance_scale=guidance,
-            guided=guidance > 1 and "timestep_cond" not in self._unet_inputs,
-            latent_shape=(spec.latents.channels, sizes[0], sizes[1]),
-            size=(sizes[0] * spec.latents.downsampling, sizes[1] * spec.latents.downsampling),
+        guided = guided_steps(steps, options.guidance_interval)
+        if guidance <= 1 or "timestep_cond" in self._unet_inputs:
+            guided = (False,) * steps
+        how = Denoising(
+            schedule_for(spec.schedules, steps), guidance, guided, (spec.latents.channels, sizes[0], sizes[1])
         )
+        return _Plan(how, (sizes[0] * spec.latents.downsampling, sizes[1] * spec.latents.downsampling))
 
     def _encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, _Prompt]:
         encoded = {}
@@ -181,16 +239,20 @@ class RuntimeGenerator:
             encoded.update({prompt: _Prompt(*rows) for prompt, *rows in zip(batch, states, pooled, strict=True)})
         return encoded
 
+    @functools.cached_property
+    def _empty_prompt(self) -> _Prompt:
+        return self._encode([""], 1)[""]
+
     def _negative(self) -> _Prompt:
         """What guidance leads away from."""
-        empty = self._encode([""], 1)[""]
+        empty = self._empty_prompt
         if not self.spec.zero_negative:
             return empty
         return _Prompt(np.zeros_like(empty.states), None if empty.pooled is None else np.zeros_like(empty.pooled))
 
-    def _conditions(self, prompts: Sequence[_Prompt], negative: _Prompt | None, plan: _Plan) -> dict[str, Array]:
+    def _conditions(self, prompts: Sequence[_Prompt], plan: _Plan) -> dict[str, Array]:
         """The UNet's inputs that stay the same for all steps; where there is guidance, the negative rows come first."""
-        rows = prompts if negative is None else [*[negative] * len(prompts), *prompts]
+        rows = [*[self._negative()] * len(prompts), *prompts] if any(plan.how.guided) else prompts
         conditions: dict[str, Array] = {"encoder_hidden_states": np.stack([row.states for row in rows])}
         if "text_embeds" in self._unet_inputs:
             conditions["text_embeds"] = np.stack([row.pooled for row in rows if row.pooled is not None])
@@ -198,70 +260,37 @@ class RuntimeGenerator:
             # As if the image were one that was neither scaled nor cropped.
             conditions["time_ids"] = np.tile(np.array([*plan.size, 0, 0, *plan.size], np.float32), (len(rows), 1))
         if "timestep_cond" in self._unet_inputs:
-            size = int(self._unet_inputs["timestep_cond"].shape[1])
-            conditions["timestep_cond"] = np.tile(_guidance_embedding(plan.guidance_scale, size), (len(rows), 1))
+            size = int(self._unet_inputs["timestep_cond"].shape[-1])
+            conditions["timestep_cond"] = np.tile(guidance_embedding(plan.how.guidance_scale, size), (len(rows), 1))
         return conditions
 
-    def _denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], plan: _Plan) -> Latents:
-        schedule = plan.schedule
-        latents = schedule.initial(_noise(seeds, plan.latent_shape, stream=0))
-        for step in range(schedule.steps):
-            sample = schedule.scaled(latents, step)
-            if plan.guided:
-                sample = np.concatenate([sample, sample])
-            output = self._unet.run({"sample": sample, "timestep": self._time(schedule, step), **conditions})[
-                "out_sample"
-            ].astype(np.float32, copy=False)
-            if plan.guided:
-                without, towards = np.split(output, 2)
-                output = without + np.float32(plan.guidance_scale) * (towards - without)
-            drawn = _noise(seeds, plan.latent_shape, stream=1 + step) if schedule.needs_noise(step) else None
-            latents = schedule.advance(latents, output, step, drawn)
-        if not np.isfinite(latents).all():
-            raise EngineError(
-                f"{self._unet.name}: the latents became NaN or infinite; the graph's precision is too low for this "
-                "model; export it in a higher one"
-            )
-        return latents
-
-    def _time(self, schedule: Schedule, step: int) -> NDArray[np.float32] | NDArray[np.int64]:
-        # Exports differ: a scalar or one number in a row, whole or not.
-        wanted = self._unet_inputs["timestep"]
-        return np.array(schedule.table.timesteps[step], dtype=wanted.dtype).reshape((1,) * len(wanted.shape))
-
-    def _decode(self, latents: Latents) -> NDArray[np.uint8]:
+    def _decode_into(self, images: NDArray[np.uint8], latents: Latents) -> None:
         pixels = latents
         if self._vae_decoder is not None:
             scale = self.spec.latents
             scaled = latents / np.float32(scale.scaling_factor) + np.float32(scale.shift_factor)
-            pixels = self._vae_decoder.run({"latent_sample": scaled})["sample"].astype(np.float32, copy=False)
-        if not np.isfinite(pixels).all():
-            raise EngineError(
-                f"{self.name}: the decoded image holds NaN or infinity; the graph's precision is too low for this "
-                "model; export the VAE in a higher one"
-            )
-        # As diffusers' VaeImageProcessor: [-1, 1] to [0, 1], then rounded to the nearest level.
-        levels = np.clip(pixels / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1) * 255
-        return np.asarray(levels.round(), dtype=np.uint8)
+            pixels = self._vae_decoder.run({"latent_sample": scaled})["sample"]
+        for image, row in zip(images, pixels, strict=True):  # one at a time: an image fits the cache, a batch does not
+            if not np.isfinite(row).all():
+                raise EngineError(
+                    f"{self.name}: the decoded image holds NaN or infinity; the graph's precision is too low for this "
+                    "model; export the VAE in a higher one"
+                )
+            image[:] = _levels(row).transpose(1, 2, 0)
 
 
 def _dtype(engine: Engine, name: str) -> str:
     return next(tensor.dtype for tensor in engine.inputs if tensor.name == name)
 
 
-def _guidance_embedding(guidance_scale: float, size: int) -> NDArray[np.float32]:
-    """Sines and cosines of the guidance scale w, float32 `(size,)`, as a guided distillation is told it.
-
-    LCM (Luo et al. 2023, section 4.2) embeds w - 1 as timesteps are: sin and cos of 1000 (w - 1) / 10000^(i / (n - 1)).
-    """
-    half = size // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32) * -np.float32(np.log(10000.0) / (half - 1)))
-    angles = np.float32(1000 * (guidance_scale - 1)) * frequencies
-    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, size % 2)).astype(np.float32)
-
-
-def _noise(seeds: Sequence[int], shape: tuple[int, int, int], stream: int) -> Latents:
-    return np.stack([noise.normal(seed, shape, stream=stream) for seed in seeds])
+def _levels(pixels: Array) -> NDArray[np.float32]:
+    """As diffusers' VaeImageProcessor: [-1, 1] to [0, 1], then rounded to the nearest level."""
+    levels = pixels.astype(np.float32)  # a copy, which is changed in place
+    levels /= 2
+    levels += 0.5
+    np.clip(levels, 0, 1, out=levels)
+    levels *= 255
+    return np.rint(levels, out=levels)
 
 
 def _check_rows(prompts: Sequence[str], seeds: Sequence[int]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +17,29 @@ from PIL import Image as PilImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from mi2rage_engines.errors import DataError, ModelFolderError
+from mi2rage_engines.ort_engine import usable_cores
 from mi2rage_engines.spec import ImagePreprocessing
 from mi2rage_rt.protocols import Image
 
-__all__ = ["MAX_PIXELS", "decode_image", "encode_image", "load_image", "pixel_values", "preprocessing_from_folder"]
+__all__ = [
+    "MAX_PIXELS",
+    "decode_image",
+    "encode_image",
+    "fitted",
+    "load_image",
+    "pixel_values",
+    "preprocessing_from_folder",
+]
 
 MAX_PIXELS = 64_000_000
 """Images of more pixels are refused: a few kilobytes of PNG can unpack to gigabytes."""
+
+_WORTH_THREADS_PX = 500_000
+"""Pixels to resize, in all, below which starting threads takes longer than they save."""
+
+_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""EXIF orientations that turn an image by a quarter."""
 
 _RESAMPLE = {
     "nearest": PilImage.Resampling.NEAREST,
@@ -39,23 +57,33 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _rgb_from_pil(picture: PilImage.Image, name: str) -> Image:
+def _draft(picture: PilImage.Image, at_least: tuple[int, int]) -> None:
+    """Have a JPEG decoded at an eighth, a quarter or half of its size where that leaves `at_least` (height, width)."""
+    height, width = at_least
+    on_its_side = picture.format == "JPEG" and picture.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    picture.draft(None, (height, width) if on_its_side else (width, height))
+
+
+def _rgb_from_pil(picture: PilImage.Image, name: str, at_least: tuple[int, int] | None) -> Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise DataError(
             f"{name}: {width} x {height} pixels; expected at most {MAX_PIXELS} in all; scale the image down first"
         )
-    upright = ImageOps.exif_transpose(picture)
-    return np.array(upright.convert("RGB"), dtype=np.uint8)
+    if at_least is not None:
+        _draft(picture, at_least)
+    ImageOps.exif_transpose(picture, in_place=True)
+    # `convert` copies even what is RGB already.
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"), dtype=np.uint8)
 
 
-def _decode(source: Path | io.BytesIO, name: str) -> Image:
+def _decode(source: Path | io.BytesIO, name: str, at_least: tuple[int, int] | None = None) -> Image:
     try:
         with warnings.catch_warnings():
             # Pillow's own bomb warning comes earlier than our limit, which is the one that counts.
             warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
             with PilImage.open(source) as picture:
-                return _rgb_from_pil(picture, name)
+                return _rgb_from_pil(picture, name, at_least)
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file; expected an image (JPEG, PNG, ...); check the path") from error
     except UnidentifiedImageError as error:
@@ -68,11 +96,13 @@ def _decode(source: Path | io.BytesIO, name: str) -> Image:
         ) from error
 
 
-def load_image(path: Path | str) -> Image:
+def load_image(path: Path | str, at_least: tuple[int, int] | None = None) -> Image:
     """Read an image file, turned upright as its EXIF orientation says.
 
     Args:
         path: a file of any format that Pillow reads; grey, palette and transparent images become RGB.
+        at_least: height and width that are enough, in px: a large JPEG is then decoded at an eighth, a quarter or half
+            of its size, which is faster and gives other pixels than resizing the whole image does.
 
     Returns:
         uint8 `(H, W, 3)`, 0 to 255.
@@ -80,7 +110,7 @@ def load_image(path: Path | str) -> Image:
     Raises:
         DataError: the file is missing, no image, truncated, or has more than `MAX_PIXELS` pixels.
     """
-    return _decode(Path(path), str(path))
+    return _decode(Path(path), str(path), at_least)
 
 
 def decode_image(content: bytes, name: str = "image") -> Image:
@@ -128,6 +158,37 @@ def _centre(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uin
     return image[top : top + height, start : start + width]
 
 
+def _cut(image: Image, spec: ImagePreprocessing) -> Image:
+    """The image resized and cut, uint8 (spec.height, spec.width, 3)."""
+    resized = _resized(image, spec)
+    return _centre(resized, spec.height, spec.width) if spec.resize == "shortest_edge" else resized
+
+
+def fitted(image: Image, spec: ImagePreprocessing) -> Image:
+    """A small image of which `pixel_values` makes just what it makes of the given one.
+
+    Resizing in the thread that decodes is off the critical path, and what waits there is small. Where an image that is
+    resized and cut would be resized once more, it comes back as it is.
+
+    Args:
+        image: uint8 `(H, W, 3)`.
+        spec: of the model that the image is for.
+
+    Returns:
+        uint8 `(H, W, 3)`.
+    """
+    twice_is_once = spec.resize == "exact" or spec.shortest_edge in (None, min(spec.height, spec.width))
+    return np.ascontiguousarray(_cut(image, spec)) if twice_is_once else image
+
+
+@functools.lru_cache(maxsize=8)
+def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """What the levels 0 to 255 become, float32 (3, 256): transformers' arithmetic to the last bit, done once."""
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+    levels = (scaled - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
+    return np.asarray(levels, dtype=np.float32)
+
+
 def pixel_values(images: Sequence[Image], spec: ImagePreprocessing) -> NDArray[np.float32]:
     """What a vision encoder takes, as CLIP's and BLIP's image processors (their Pillow backend) make it.
 
@@ -139,14 +200,21 @@ def pixel_values(images: Sequence[Image], spec: ImagePreprocessing) -> NDArray[n
         float32 `(B, 3, height, width)`, normalised per channel.
     """
     batch = np.empty((len(images), 3, spec.height, spec.width), dtype=np.float32)
-    mean = np.array(spec.mean, dtype=np.float32)[:, None, None]
-    std = np.array(spec.std, dtype=np.float32)[:, None, None]
-    for row, image in enumerate(images):
-        resized = _resized(image, spec)
-        if spec.resize == "shortest_edge":
-            resized = _centre(resized, spec.height, spec.width)
-        scaled = (resized.transpose(2, 0, 1) * (1 / 255)).astype(np.float32)
-        batch[row] = (scaled - mean) / std
+    levels = _normalised_levels(spec.mean, spec.std)
+
+    def fill(place: int) -> None:
+        cut = _cut(images[place], spec)
+        for channel in range(3):
+            # `clip` writes into the batch directly; levels are never out of range.
+            np.take(levels[channel], cut[..., channel], out=batch[place, channel], mode="clip")
+
+    workers = min(usable_cores(), len(images))
+    if workers > 1 and sum(image.shape[0] * image.shape[1] for image in images) > _WORTH_THREADS_PX:
+        with ThreadPoolExecutor(workers) as pool:  # Pillow and NumPy let go of the GIL meanwhile
+            list(pool.map(fill, range(len(images))))
+    else:
+        for place in range(len(images)):
+            fill(place)
     return batch
 
 

@@ -6,18 +6,21 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mi2rage_engines.errors import DataError, InputError
+from mi2rage_engines.ort_engine import usable_cores
+from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GraphSpec
 from mi2rage_rt import noise
 from mi2rage_rt.captioner import RuntimeCaptioner
 from mi2rage_rt.classifier import RuntimeClassifier
 from mi2rage_rt.files import atomic_bytes, atomic_text
 from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
 from mi2rage_rt.image_folder import find_image
-from mi2rage_rt.images import encode_image, load_image
+from mi2rage_rt.images import encode_image, fitted, load_image
+from mi2rage_rt.prefetch import Loaded, prefetch
 from mi2rage_rt.progress import steps
 from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import Sample
@@ -28,6 +31,10 @@ __all__ = ["IMAGES_MANIFEST", "caption_files", "generate_files", "predict_sample
 
 IMAGES_MANIFEST = "manifest.jsonl"
 _ROWS_AT_ONCE = 64
+_AHEAD = 64
+"""Images that are decoded in advance."""
+_REDUCING_GAP = 2
+"""What is decoded smaller is still so many times as large as the model wants it: resizing then does the rest."""
 
 T = TypeVar("T")
 
@@ -81,7 +88,7 @@ def generate_files(
     numbered = list(enumerate(prompts))
     try:
         with steps("generate", len(prompts)) as bar:
-            for chunk in _chunks(numbered, options.batch_size):
+            for chunk in _chunks(numbered, generator.batch_size(len(prompts), options)):
                 seeds = [noise.seed_from(seed, index) for index, _ in chunk]
                 images = generator.generate([prompt for _, prompt in chunk], seeds, options)
                 for (index, prompt), row_seed, image in zip(chunk, seeds, images, strict=True):
@@ -122,24 +129,34 @@ def _image_row(
 
 
 def caption_files(
-    captioner: RuntimeCaptioner, paths: Sequence[Path], *, prefix: str = "", seed: int | None = None
+    captioner: RuntimeCaptioner,
+    paths: Sequence[Path],
+    *,
+    prefix: str = "",
+    seed: int | None = None,
+    fast_jpeg: bool = False,
 ) -> list[dict[str, str]]:
-    """Caption image files: `{"image": .., "caption": ..}` in the order given.
+    """Caption image files: `{"image": .., "caption": ..}` in the order given; files are decoded ahead in threads.
 
     Args:
         captioner: a bundle's, with its options.
         paths: the files.
         prefix: what every caption begins with.
         seed: of nucleus sampling, the k-th image's draws keyed by `(seed, k)`; None decodes greedily.
+        fast_jpeg: decode large JPEGs smaller, see `load_image`; pixels, and so captions, may differ.
 
     Raises:
         DataError: an image cannot be read.
     """
     rows: list[dict[str, str]] = []
-    with steps("caption", len(paths)) as bar:
+    load = _loader(captioner.spec, "vision", fast_jpeg)
+    with (
+        steps("caption", len(paths)) as bar,
+        prefetch(paths, load, ahead=_AHEAD, workers=usable_cores()) as loaded,
+    ):
         for chunk in _chunks(list(enumerate(paths)), captioner.options.batch_size):
             captions = captioner.caption(
-                [load_image(path) for _, path in chunk],
+                [next(loaded).get() for _ in chunk],
                 [prefix] * len(chunk),
                 None if seed is None else [noise.seed_from(seed, index) for index, _ in chunk],
             )
@@ -163,6 +180,7 @@ def predict_samples(
     *,
     skip_bad: bool = False,
     skipped: list[Skipped] | None = None,
+    fast_jpeg: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict the relation of samples: id, head, tail, relation, probability, and the label where it is known.
 
@@ -172,18 +190,27 @@ def predict_samples(
         images: the folder their images are looked for in, see `find_image`; None leaves the images out.
         skip_bad: leave out (and log) samples whose image or label is unusable, instead of refusing all.
         skipped: a list that those are appended to.
+        fast_jpeg: decode large JPEGs smaller, see `load_image`; pixels, and so answers, may differ.
 
     Raises:
         DataError: an image is missing or unreadable, or a label unknown to the classifier.
     """
     rows: list[dict[str, Any]] = []
-    with steps("predict", len(samples)) as bar:
+    read = _loader(classifier.spec, "image" if "image" in classifier.spec.graphs else "classifier", fast_jpeg)
+
+    def load(name: str | None) -> Image | None:
+        return None if name is None or images is None else read(find_image(images, name))
+
+    with (
+        steps("predict", len(samples)) as bar,
+        prefetch((sample.image for sample in samples), load, ahead=_AHEAD, workers=usable_cores()) as loaded,
+    ):
         for chunk in _chunks(samples, max(_ROWS_AT_ONCE, classifier.batch_size)):
             kept: list[tuple[Sample, Image | None]] = []
-            for sample in chunk:
+            for sample, image in zip(chunk, loaded, strict=False):  # the chunk first: none is taken beyond it
                 try:
                     _check_label(sample, classifier.labels)
-                    kept.append((sample, _image_of(sample, images)))
+                    kept.append((sample, _image_of(sample, image)))
                 except DataError as error:
                     if not skip_bad:
                         raise
@@ -207,11 +234,24 @@ def _check_label(sample: Sample, labels: Sequence[str]) -> None:
         )
 
 
-def _image_of(sample: Sample, folder: Path | None) -> Image | None:
-    if sample.image is None or folder is None:
-        return None
+def _loader(spec: CaptionerSpec | ClassifierSpec, graph: str, fast_jpeg: bool) -> Callable[[Path], Image]:
+    """What reads an image file for a model, resized to what its graph takes unless the graph resizes by itself."""
+    size = spec.preprocessing
+    graphs: Mapping[Any, GraphSpec] = spec.graphs
+    resizes = any(tensor.name == "image" for tensor in graphs[graph].inputs)
+    longest = max(size.height, size.width, size.shortest_edge or 0)
+    at_least = (_REDUCING_GAP * longest, _REDUCING_GAP * longest) if fast_jpeg else None
+
+    def load(path: Path) -> Image:
+        image = load_image(path, at_least)
+        return image if resizes else fitted(image, size)
+
+    return load
+
+
+def _image_of(sample: Sample, loaded: Loaded[str | None, Image | None]) -> Image | None:
     try:
-        return load_image(find_image(folder, sample.image))
+        return loaded.get()
     except DataError as error:
         raise DataError(f"sample {sample.id}: {error}") from error
 

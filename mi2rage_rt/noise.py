@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["gumbel", "normal", "rng", "seed_from"]
+__all__ = ["gumbel", "normal", "normal_into", "rng", "seed_from"]
 
 
 def seed_from(*key: str | int) -> int:
@@ -27,6 +27,11 @@ def rng(seed: int, stream: int = 0) -> np.random.Generator:
 def normal(seed: int, shape: tuple[int, ...], stream: int = 0) -> NDArray[np.float32]:
     """Standard normal noise of one `(seed, stream)`, float32."""
     return rng(seed, stream).standard_normal(shape, dtype=np.float32)
+
+
+def normal_into(out: NDArray[np.float32], seed: int, stream: int = 0) -> None:
+    """What `normal` gives for the shape of `out`, written there; `out` is float32 and contiguous."""
+    rng(seed, stream).standard_normal(dtype=np.float32, out=out)
 
 
 def gumbel(seed: int, size: int, stream: int = 0) -> NDArray[np.float32]:

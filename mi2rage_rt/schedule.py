@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from mi2rage_engines.errors import BundleError, InputError
 from mi2rage_engines.spec import ScheduleTable
 
-__all__ = ["Schedule", "schedule_for"]
+__all__ = ["Latents", "Schedule", "guided_steps", "interval_from_text", "schedule_for"]
 
 Latents = NDArray[np.float32]
+
+_COLUMNS = ("timesteps", "input_scale", "sample_coefficient", "output_coefficient", "noise_coefficient")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,8 +29,7 @@ class Schedule:
     table: ScheduleTable
 
     def __post_init__(self) -> None:
-        columns = ("timesteps", "input_scale", "sample_coefficient", "output_coefficient", "noise_coefficient")
-        for column in columns:
+        for column in _COLUMNS:
             length = len(getattr(self.table, column))
             if length != self.table.steps:
                 raise BundleError(
@@ -43,11 +44,22 @@ class Schedule:
 
     def initial(self, noise: Latents) -> Latents:
         """The latents that step 0 starts from; `noise` is standard normal, float32 of any shape."""
-        return noise * np.float32(self.table.init_noise_sigma)
+        sigma = np.float32(self.table.init_noise_sigma)
+        return noise if sigma == 1 else noise * sigma
 
     def scaled(self, latents: Latents, step: int) -> Latents:
-        """What the UNet sees of the latents at `step`."""
-        return latents * np.float32(self.table.input_scale[step])
+        """What the UNet sees of the latents at `step`; the latents themselves where they are not scaled."""
+        scale = np.float32(self.table.input_scale[step])
+        return latents if scale == 1 else latents * scale
+
+    def coefficients(self, step: int) -> NDArray[np.float32]:
+        """The numbers of `step`, float32 `(4,)`: input scale, then the factors of sample, output and noise."""
+        return np.array([getattr(self.table, column)[step] for column in _COLUMNS[1:]], dtype=np.float32)
+
+    def first_step(self) -> Schedule:
+        """A schedule of the first step alone: no usable latents come of it, but their cost does."""
+        first = {column: getattr(self.table, column)[:1] for column in _COLUMNS}
+        return Schedule(self.table.model_copy(update={"steps": 1, **first}))
 
     def needs_noise(self, step: int) -> bool:
         """Whether `step` adds noise."""
@@ -83,3 +95,41 @@ def schedule_for(tables: Sequence[ScheduleTable], steps: int) -> Schedule:
         f"steps {steps}: this bundle has no schedule of that length; expected one of {allowed}; "
         "choose one, or export with that number"
     )
+
+
+def guided_steps(steps: int, interval: tuple[float, float]) -> tuple[bool, ...]:
+    """For each step whether guidance is on: from the first share of the steps on and before the last.
+
+    Guidance on an interval of the noise levels (Kynkaanniemi et al. 2024): at the highest levels it costs variety and
+    at the lowest it changes next to nothing, and a step without it is half the work.
+
+    Args:
+        steps: of the schedule, in the order they are done: from much noise to none.
+        interval: shares of the steps; (0, 1) is all of them, (0, 0.5) the first half.
+
+    Raises:
+        InputError: they are not shares in rising order.
+    """
+    first, last = interval
+    if not 0 <= first <= last <= 1:
+        raise InputError(
+            f"guidance interval {first:g}:{last:g}: expected two shares of the steps from 0 to 1 in rising order, "
+            "e.g. 0:0.5 for the first half; correct it"
+        )
+    return tuple(first <= step / steps < last for step in range(steps))
+
+
+def interval_from_text(text: str) -> tuple[float, float]:
+    """Read `0:0.5`, two shares of the steps.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last)
+    except ValueError as error:
+        raise InputError(
+            f"guidance interval {text!r}: expected FIRST:LAST, two shares of the steps from 0 to 1, e.g. 0:0.5; "
+            "correct it"
+        ) from error

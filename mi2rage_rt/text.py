@@ -58,7 +58,11 @@ class PlainTokenizer:
     """
 
     def __init__(self, spec: TokenizerSpec, folder: Path | str) -> None:
-        self._tokenizer = load_tokenizer(Path(folder) / spec.file)
+        file = Path(folder) / spec.file
+        self._tokenizer = load_tokenizer(file)
+        # One that cuts, once and for all: switching it on and off is no business of threads that share a tokenizer.
+        self._cutting = load_tokenizer(file)
+        self._cutting.enable_truncation(spec.max_length)
         self.max_length = spec.max_length
         self.pad_id = spec.pad_id
 
@@ -70,12 +74,7 @@ class PlainTokenizer:
     def encode(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Ids with the tokenizer's own special ids, cut and filled up to int64 `(B, max_length)`."""
         ids = np.full((len(texts), self.max_length), self.pad_id, dtype=np.int64)
-        self._tokenizer.enable_truncation(self.max_length)
-        try:
-            encodings = self._tokenizer.encode_batch(list(texts))
-        finally:
-            self._tokenizer.no_truncation()
-        for row, encoding in zip(ids, encodings, strict=True):
+        for row, encoding in zip(ids, self._cutting.encode_batch(list(texts)), strict=True):
             row[: len(encoding.ids)] = encoding.ids
         return ids
 

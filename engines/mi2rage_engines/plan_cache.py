@@ -33,6 +33,7 @@ __all__ = ["Content", "Fetched", "PlanCache", "bytes_from_text", "default_cache_
 
 _INDEX = "files.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_LARGEST_SIZE = 2**63
 
 Content = bytes | memoryview | Path
 """A file's bytes, in memory or in a file of the cache."""
@@ -64,18 +65,22 @@ def bytes_from_text(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else ""
     unit = f"{unit}B" if unit in ("K", "M", "G", "T") else unit
-    size = int(float(match[1]) * _UNITS[unit]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[unit] if match else 0
+    if not 1 <= size < _LARGEST_SIZE:
         raise InputError(f"size {text!r}: expected a number above 0 with a unit, e.g. 20GB or 500MB; correct it")
-    return size
+    return int(size)
 
 
 def write_content(content: Content, path: Path) -> None:
     """Write a file; the caller renames it into place."""
     if isinstance(content, Path):
         shutil.copyfile(content, path)
-    else:
+        return
+    try:
         path.write_bytes(content)
+    except OSError as error:
+        # Of a full disk Python names no file where it was writing already.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class PlanCache:
@@ -106,8 +111,12 @@ class PlanCache:
                 stack.enter_context(_locked(self._lock_path(key), key))
             except OSError as error:
                 problem = error
-            # A cache that can only be read is read all the same: entries appear whole.
-            found = self._look_up(key)
+            found = None
+            try:
+                # A cache that can only be read is read all the same: entries appear whole.
+                found = self._look_up(key)
+            except PermissionError as error:  # not even searched
+                problem = error
             if found is not None:
                 yield Fetched(found, was_cached=True)
                 return
@@ -191,9 +200,9 @@ class PlanCache:
 
 def _is_whole(entry: Path) -> bool:
     try:
-        hashes = json.loads((entry / _INDEX).read_text(encoding="utf-8"))
+        hashes = dict(json.loads((entry / _INDEX).read_text(encoding="utf-8")))
         names = {path.name for path in entry.iterdir()} - {_INDEX}
-        return names == set(hashes) and all(_sha256(entry / name) == value for name, value in hashes.items())
+        return bool(names) and names == set(hashes) and all(_sha256(entry / name) == hashes[name] for name in names)
     except (OSError, ValueError, TypeError):
         return False
 

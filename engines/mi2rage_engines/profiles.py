@@ -29,6 +29,9 @@ DEFAULT_RANGES = {
     "height": AxisRange(min=8, opt=32, max=64),
     "width": AxisRange(min=8, opt=32, max=64),
 }
+_LARGEST = 2**31 - 1
+"""TensorRT takes no larger size."""
+
 _ANY_AXIS = AxisRange(min=1, opt=8, max=64)
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -55,16 +58,20 @@ def profile_from_text(text: str) -> ShapeProfile:
     for part in text.split(","):
         name, equals, sizes = (piece.strip() for piece in part.partition("="))
         numbers = [size.strip() for size in sizes.split(":")]
-        if not name or not equals or len(numbers) not in (1, 3) or not all(number.isdecimal() for number in numbers):
+        if not name or not equals or len(numbers) not in (1, 3) or not all(map(_is_size, numbers)):
             raise InputError(
                 f"profile {text!r}: cannot read {part.strip()!r}; expected AXIS=MIN:OPT:MAX, or AXIS=SIZE for a fixed "
-                "size, joined by commas, e.g. batch=1:4:16,height=32:64:128"
+                f"size, joined by commas, e.g. batch=1:4:16,height=32:64:128; sizes are at most {_LARGEST}"
             )
         if name in axes:
             raise InputError(f"profile {text!r}: axis {name} is given twice; expected each once; leave one out")
         least, usual, most = map(int, numbers * (3 // len(numbers)))
         axes[name] = _checked_range(text, name, least, usual, most)
     return ShapeProfile(axes)
+
+
+def _is_size(text: str) -> bool:
+    return text.isdecimal() and len(text) <= len(str(_LARGEST)) and int(text) <= _LARGEST
 
 
 def _checked_range(text: str, name: str, least: int, usual: int, most: int) -> AxisRange:

@@ -157,6 +157,11 @@ class GeneratorSpec(_Spec):
     gives, with time_ids (batch, 6) (SDXL: original size, top and left of the crop, wanted size);
     timestep_cond (batch, size), the embedded guidance scale of a model distilled with guidance (LCM), which is then not
     guided once more. `vae_decoder`: latent_sample -> sample in [-1, 1].
+    `denoise_step`, used instead of `unet` where it is there: one step of a `ScheduleTable` with the guidance, latents
+    float32 (batch, channels, height, width), timestep as the UNet's, coefficients float32 (4,): input scale, then those
+    of sample, output and noise, guidance float32 (groups,): [1] without it, [1 - s, s] with it and a scale s, noise
+    float32 like latents, and the UNet's further inputs with two axes (groups, batch) for its rows, the rows without the
+    prompt in the first group -> next_latents float32 like latents.
 
     Attributes:
         text_outputs: the output of each text encoder that the UNet sees; joined along the width.
@@ -166,7 +171,7 @@ class GeneratorSpec(_Spec):
 
     kind: Literal["generator"] = "generator"
     name: str
-    graphs: dict[Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder"], GraphSpec]
+    graphs: dict[Literal["text_encoder", "text_encoder_2", "unet", "denoise_step", "vae_decoder"], GraphSpec]
     tokenizer: TokenizerSpec
     tokenizer_2: TokenizerSpec | None = None
     text_outputs: tuple[str, ...] = ("last_hidden_state",)
@@ -197,7 +202,7 @@ class CaptionerSpec(_Spec):
 
     kind: Literal["captioner"] = "captioner"
     name: str
-    graphs: dict[Literal["vision", "decoder"], GraphSpec]
+    graphs: dict[Literal["vision", "decoder", "decoder_static"], GraphSpec]
     tokenizer: TokenizerSpec
     preprocessing: ImagePreprocessing
     bos_id: int
@@ -211,14 +216,19 @@ class CaptionerSpec(_Spec):
 class ClassifierSpec(_Spec):
     """Relation classifier: graph `classifier`, see `mi2rage_rt.text.EntityMarkedTokenizer` for its text inputs.
 
-    input_ids, attention_mask int64 (batch, sequence); head_index, tail_index int64 (batch,): positions of the markers
-    before the head and the tail; pixel_values float32 (batch, 3, h, w); image_mask float32 (batch,), 0 where the image
-    is missing -> logits float32 (batch, labels).
+    `image`: pixel_values float32 (batch, 3, h, w) -> whatever `classifier` takes of images under the same names, each
+    (batch, ...). `classifier`: input_ids, attention_mask int64 (batch, sequence); head_index, tail_index int64
+    (batch,): positions of the markers before the head and the tail; those names, each (images, ...); image_index int64
+    (batch,), a row's place among the images; image_mask float32 (batch,), 0 where the image is missing -> logits
+    float32 (batch, labels).
+
+    Without `image`, `classifier` takes pixel_values float32 (batch, 3, h, w) in place of its outputs and image_index,
+    or, where it reads text alone, nothing of images.
     """
 
     kind: Literal["classifier"] = "classifier"
     name: str
-    graphs: dict[Literal["classifier"], GraphSpec]
+    graphs: dict[Literal["image", "classifier"], GraphSpec]
     tokenizer: TokenizerSpec
     preprocessing: ImagePreprocessing
     labels: tuple[str, ...]

@@ -235,7 +235,7 @@ def target_from_text(text: str, api: TrtApi, device: Device | None) -> Target:
 
 
 def _check_named(names: tuple[str, ...], api: TrtApi) -> None:
-    unknown = [name for name in names if name not in api.capabilities]
+    unknown = [name or repr(name) for name in names if name not in api.capabilities]
     if unknown:
         datacentre = [name for name in unknown if name in ("sm90", "sm100", "sm103")]
         hint = (

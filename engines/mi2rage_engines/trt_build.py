@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -186,8 +187,8 @@ def _add_profile(builder: Any, config: Any, network: Any, graph: GraphSpec, prof
 _HINTS = {
     "FP32 GEMM is not supported": "this GPU takes no fp32 products here: export with --precision fp16",
     "HW-specific datatypes: b16": "this GPU has no bfloat16: export with --precision fp16, or name a later target",
-    "out of memory": "give a smaller --profile, or build on a machine with more memory",
-    "OutOfMemory": "give a smaller --profile, or build on a machine with more memory",
+    "out of memory": "give a smaller --profile or a larger --workspace, or build on a machine with more memory",
+    "OutOfMemory": "give a smaller --profile or a larger --workspace, or build on a machine with more memory",
 }
 
 
@@ -224,7 +225,7 @@ def _inspected_layers(api: TrtApi, content: Any, collector: Any) -> tuple[Layer,
 def _load_timing_cache(api: TrtApi, config: Any, path: Path | None) -> Any | None:
     if path is None or not api.has_timing_cache:
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    cache = config.create_timing_cache(_content_of(path))
     if cache is None or not config.set_timing_cache(cache, False):
         logger.warning("%s: is damaged, or was measured on another GPU or version; not used, and written anew", path)
         cache = config.create_timing_cache(b"")
@@ -232,10 +233,21 @@ def _load_timing_cache(api: TrtApi, config: Any, path: Path | None) -> Any | Non
     return cache
 
 
+def _content_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        logger.warning("%s: cannot be read (%s); kernels are measured again", path, error.strerror)
+        return b""
+
+
 def _save_timing_cache(config: Any, cache: Any | None, path: Path | None) -> None:
     if cache is None or path is None:
         return
-    others = config.create_timing_cache(path.read_bytes()) if path.is_file() else None
+    content = _content_of(path)
+    others = config.create_timing_cache(content) if content else None
     if others is not None:  # another process may have added to it meanwhile
         cache.combine(others, False)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -246,4 +258,5 @@ def _save_timing_cache(config: Any, cache: Any | None, path: Path | None) -> Non
     except OSError as error:
         logger.warning("%s: cannot be written (%s); the next build measures its kernels again", path, error.strerror)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself is none, or takes no changes
+            draft.unlink(missing_ok=True)

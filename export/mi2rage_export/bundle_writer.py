@@ -107,6 +107,7 @@ class _Writer:
                 _release(part)
                 del part, graphs
                 self._quantize(role, sources, licences)
+                self._add_denoise_step(role)
                 self._check(role, sources, licences, bar)
         return self._manifest(sources, licences)
 
@@ -147,6 +148,11 @@ class _Writer:
             found = record_graph(graph, self.folder, self.request.seed)
             self.references.graphs[graph.name] = found
             bar.advance()
+            if graph.name == "generator/unet":
+                from mi2rage_export.denoise_step import denoise_step_graph
+
+                step = denoise_step_graph(graph)
+                self.references.graphs[step.name] = record_graph(step, self.folder, self.request.seed)
         self.references.write(self.folder)
 
     def _export(self, graph: Graph, bar: progress.Steps) -> GraphSpec:
@@ -179,6 +185,17 @@ class _Writer:
             path = self.folder / graphs[name].file
             graphs[name] = quantized(path, graphs[name], precision, calls.get(name, []), keep)
         self.specs[role] = spec.model_copy(update={"graphs": graphs})
+
+    def _add_denoise_step(self, role: str) -> None:
+        """Put the sampler around a generator's UNet, which is in its precision by now."""
+        unet = self.specs[role].graphs.get("unet")
+        if unet is None:
+            return
+        from mi2rage_export.denoise_step import NAME, write_denoise_step
+
+        file = f"generator/unet/{NAME}.onnx"
+        graphs = {**self.specs[role].graphs, NAME: write_denoise_step(self.folder / unet.file, file, unet)}
+        self.specs[role] = self.specs[role].model_copy(update={"graphs": graphs})
 
     def _check(self, role: str, sources: dict[str, str], licences: dict[str, str], bar: progress.Steps) -> None:
         bar.note(f"{role}, checking")

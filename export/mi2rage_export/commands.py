@@ -65,6 +65,8 @@ def export(
 
     require("torch", "export")
     from mi2rage_export.bundle_writer import export_bundle
+    from mi2rage_export.destination import destination
+    from mi2rage_export.memory import naming_lack_of_memory
     from mi2rage_export.request import ExportRequest, parts_from_options, precisions_from_options
 
     request = ExportRequest(
@@ -83,7 +85,8 @@ def export(
         limit=limit,
         seed=seed,
     )
-    manifest = export_bundle(out, request, force=force)
+    with destination(out, force=force) as place, naming_lack_of_memory(str(out)):
+        manifest = export_bundle(place, request, force=force)
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2))
         return

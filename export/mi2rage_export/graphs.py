@@ -10,9 +10,21 @@ from torch import Tensor, nn
 from mi2rage_engines.spec import Axis, AxisRange, TensorSpec
 from mi2rage_export.reference import Array, Draw, Sizes, draw_inputs
 
-__all__ = ["IN_SEQUENCE", "NORMAL", "PADDING", "Graph", "Input", "Sizes", "below", "outputs_from", "random_inputs"]
+__all__ = [
+    "IN_IMAGES",
+    "IN_SEQUENCE",
+    "NORMAL",
+    "PADDING",
+    "Graph",
+    "Input",
+    "Sizes",
+    "below",
+    "outputs_from",
+    "random_inputs",
+]
 
 NORMAL = Draw(kind="normal")
+IN_IMAGES = Draw(kind="in_images")
 IN_SEQUENCE = Draw(kind="in_sequence")
 PADDING = Draw(kind="padding")
 

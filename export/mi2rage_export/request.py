@@ -65,7 +65,10 @@ class ExportRequest:
                 f"opset {self.opset}: expected {_OPSETS.start} to {_OPSETS.stop - 1}; {OPSET} suits every target"
             )
         if "int8-qdq" in self.precisions.values() and self.calibration is None:
-            raise InputError("precision int8-qdq: takes its scales from data; give samples with --calibration")
+            raise InputError(
+                "precision int8-qdq: came without data to take its scales from; expected some; give samples with "
+                "--calibration"
+            )
 
     @property
     def sources(self) -> dict[str, str]:
@@ -110,7 +113,9 @@ def parts_from_options(options: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for option in options:
         graph, sign, part = option.partition("=")
         if not (graph and sign and part):
-            raise InputError(f"keep in fp32 {option!r}: expected GRAPH=PART, e.g. vae_decoder=vae.decoder.mid_block")
+            raise InputError(
+                f"keep in fp32 {option!r}: expected GRAPH=PART, e.g. vae_decoder=vae.decoder.mid_block; name both"
+            )
         found[graph] = (*found.get(graph, ()), part)
     return found
 
@@ -128,7 +133,8 @@ def precisions_from_options(options: Sequence[str]) -> dict[str, Precision]:
         precision = next((item for item in known if item == value), None)
         if precision is None or (sign and not name):
             raise InputError(
-                f"precision {option!r}: expected one of {', '.join(known)}, alone or as GRAPH=PRECISION, e.g. unet=fp16"
+                f"precision {option!r}: expected one of {', '.join(known)}, alone or as GRAPH=PRECISION, e.g. "
+                "unet=fp16; name one of them"
             )
         if name in found:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The models of an export, loaded in fp32 on the CPU: a wrong folder is found before anything is exported."""
+"""The models of an export, loaded in fp32 on the CPU: what cannot be exported is found before anything is traced."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mi2rage_engines.errors import InputError
+from mi2rage_engines.errors import InputError, ModelFolderError
+from mi2rage_export.given_data import check_files, check_labels
 from mi2rage_export.licences import UNKNOWN, licence_of
+from mi2rage_export.memory import is_lack_of_memory
 
 if TYPE_CHECKING:
     from mi2rage_export.request import ExportRequest
 
 __all__ = ["Models", "load_models"]
+
+_WORDS = "a photo of a dog and two men"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,27 +29,121 @@ class Models:
 
 
 def load_models(request: ExportRequest) -> Models:
-    """Load what is to be exported.
+    """Load what is to be exported, and see that the samples given with it can be used.
 
     Raises:
         InputError: two models for one role.
-        ModelFolderError: a folder or hub id that cannot be loaded.
+        DataError: samples that cannot be read, or do not fit the models.
+        ModelFolderError: a folder or hub id that cannot be loaded, or whose files do not belong together.
     """
+    random = _random_by_role(request)
+    check_files(request, {*request.sources, *random})
     sources = dict(request.sources)
+    for role, source in sources.items():
+        _check_hub(role, source)
     models = {role: _load(role, source, request) for role, source in sources.items()}
     licences = {role: _licence(role, source, models[role]) for role, source in sources.items()}
-    for name in request.random_weights:
+    for role, name in random.items():
         from mi2rage_training.random_weights import random_model
 
-        role, model = random_model(name, seed=request.seed, scheduler=request.scheduler)
-        if role in models:
-            raise InputError(f"random weights {name!r}: there is a {role} already ({sources[role]}); give one of them")
-        models[role], sources[role], licences[role] = model, f"random weights {name}, seed {request.seed}", "none"
+        models[role] = random_model(name, seed=request.seed, scheduler=request.scheduler)[1]
+        sources[role], licences[role] = f"random weights {name}, seed {request.seed}", "none"
+    if "classifier" in models:
+        check_labels(request, models["classifier"].labels)
     order = [role for role in ("generator", "captioner", "classifier") if role in models]
     return Models({role: models[role] for role in order}, sources, licences)
 
 
+def _random_by_role(request: ExportRequest) -> dict[str, str]:
+    """Names of random weights by role, before gigabytes of them are drawn."""
+    found: dict[str, str] = {}
+    for name in request.random_weights:
+        from mi2rage_training.random_weights import CAPTIONERS, CLASSIFIERS
+
+        role = "captioner" if name in CAPTIONERS else "classifier" if name in CLASSIFIERS else "generator"
+        other = request.sources.get(role) or found.get(role)
+        if other is not None:
+            raise InputError(
+                f"random weights {name!r}: there is a {role} already ({other}); expected one a role; give one of them"
+            )
+        found[role] = name
+    return found
+
+
+_HUB_FILES = {"generator": "model_index.json", "captioner": "config.json"}
+
+
+def _check_hub(role: str, source: str) -> None:
+    """Ask the hub once whether a model is there: the libraries repeat themselves for half a minute, and say less."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, which it does not list
+
+    from mi2rage_training.pytorch_sources import EMBEDDED, resolve
+
+    if role not in _HUB_FILES or source == EMBEDDED or Path(resolve(source, role)).is_dir():
+        return
+    file = _HUB_FILES[role]
+    advice = "check the id, or give a folder that holds the model"
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(source, file), str):
+            return
+        is_there = huggingface_hub.file_exists(source, file)
+    except (HTTPError, OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"{source}: is no folder here, and not in the hub's cache; the hub cannot be asked for it "
+            f"({_first_line(error)}); expected a {role}; {advice}"
+        ) from error
+    if not is_there:
+        raise ModelFolderError(
+            f"{source}: is no folder here, and the hub has no such {role} with a {file} that you may read; expected "
+            f"one; {advice}, or log in with 'hf auth login'"
+        )
+
+
 def _load(role: str, source: str, request: ExportRequest) -> Any:
+    from mi2rage_training.pytorch_sources import loading
+
+    with loading(source, f"the files of one {role}"):
+        model = _opened(role, source, request)
+    try:
+        _ask(role, model)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
+        raise ModelFolderError(
+            f"{source}: PyTorch cannot run it ({type(error).__name__}: {_first_line(error)}); expected tokenizer, "
+            f"preprocessor, configuration and weights of one {role}; get its files again, all from one place"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _ask(role: str, model: Any) -> None:
+    """Ask for one answer: files that do not belong together show here, not in the middle of the export."""
+    import numpy as np
+    import torch
+
+    if role == "generator":
+        with torch.no_grad():
+            model.pipeline.encode_prompt(
+                prompt=_WORDS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return
+    image = np.zeros((model.preprocessing.height, model.preprocessing.width, 3), np.uint8)
+    if role == "captioner":
+        model.caption([image], [_WORDS])
+        return
+    from mi2rage_rt.samples import Sample, Span
+
+    words = tuple(_WORDS.split())
+    long = words * model.max_length
+    model.logits([Sample("0", long, Span(1, 2), Span(3, 4))], [image])
+
+
+def _opened(role: str, source: str, request: ExportRequest) -> Any:
     import torch
 
     if role == "generator":

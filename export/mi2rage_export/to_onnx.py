@@ -14,6 +14,7 @@ from mi2rage_engines.errors import Mi2rageError, require
 from mi2rage_engines.spec import GraphSpec
 from mi2rage_export.finite import arguments_from
 from mi2rage_export.graphs import Graph, random_inputs
+from mi2rage_export.memory import is_lack_of_memory
 from mi2rage_export.request import OPSET
 
 __all__ = ["export_graph", "save_model", "trace"]
@@ -75,6 +76,8 @@ def trace(graph: Graph, opset: int = OPSET) -> Any:
                 report=False,
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if any(map(is_lack_of_memory, (error, error.__cause__ or error))):
+            raise MemoryError(str(error)) from error
         reason = str(error).strip().partition("\n")[0]
         raise Mi2rageError(
             f"{graph.name}: PyTorch's ONNX exporter failed ({type(error).__name__}: {reason}); expected a module that "

@@ -19,7 +19,7 @@ from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest, sha256
 from mi2rage_engines.engine import Engine
 from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError, Mi2rageError
 from mi2rage_engines.ort_engine import OrtEngine, default_providers
-from mi2rage_engines.spec import Precision
+from mi2rage_engines.spec import GraphSpec, Precision
 from mi2rage_export import parity
 from mi2rage_export.given_data import GivenData, read_data
 from mi2rage_export.reference import DataReference, read_answers, read_references
@@ -66,13 +66,17 @@ def check_bundle(
         records: list[ParityRecord] = []
         for name, spec in manifest.graphs.items():
             if name.partition("/")[0] in chosen:
-                engine = bundle.open_engine(folder / spec.file)
-                records += parity.check_graph(engine, name, spec, references.graphs[name], folder)
+                records += _check_graph(bundle, name, spec, references)
         for role in chosen:
             records += _check_component(bundle, role, references)
         if data is not None:
             records += _check_data(bundle, chosen, references.data, data)
         return records
+
+
+def _check_graph(bundle: Bundle, name: str, spec: GraphSpec, references: References) -> list[ParityRecord]:
+    engine = bundle.open_engine(bundle.folder / spec.file)  # in a function of its own: its memory is needed right after
+    return parity.check_graph(engine, name, spec, references.graphs[name], bundle.folder)
 
 
 def _opener(

@@ -15,9 +15,10 @@ from mi2rage_export.families import family_of
 from mi2rage_export.graphs import Graph, random_inputs
 from mi2rage_export.resampling import with_preprocessing
 from mi2rage_export.to_onnx import export_graph
-from mi2rage_rt.captioner import RuntimeCaptioner
+from mi2rage_rt.captioner import CaptionOptions, RuntimeCaptioner
 from mi2rage_rt.text import PlainTokenizer
-from mi2rage_training.pytorch_captioner import TorchCaptioner
+from mi2rage_training.pytorch_captioner import CaptionDecoding, TorchCaptioner
+from mi2rage_training.pytorch_sources import resolve
 from tests.models.tiny_captioner import build_captioner, check_captioner, random_images
 from tests.models.tiny_encoder_decoder import build_encoder_decoder
 
@@ -45,7 +46,7 @@ def export(model: Path, folder: Path, *, preprocess: bool = False) -> Exported:
     """What the bundle's writer does, without the bundle."""
     captioner = TorchCaptioner.from_folder(model, device="cpu", dtype=torch.float32)
     family = family_of("captioner", captioner)
-    graphs = family.graphs(captioner)
+    graphs = (*family.graphs(captioner), family.static_cache(captioner))
     if preprocess:
         graphs = (with_preprocessing(graphs[0], captioner.preprocessing), *graphs[1:])
     (folder / "captioner").mkdir(parents=True)
@@ -105,18 +106,78 @@ def test_captions_are_those_of_pytorch(exported):
     assert exported.runtime.caption(images, PREFIXES, [1, 2, 3, 4, 5], with_prefix=False) == expected
 
 
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beams_are_those_of_pytorch(exported, beams, monkeypatch):
+    """Token for token what `generate(num_beams=...)` finds, with the penalties that it has by default."""
+    images = list(random_images(5, seed=7))
+    monkeypatch.setattr(exported.torch, "decoding", CaptionDecoding(beams=beams))
+    for prefix in ("", "a photo of"):
+        prompts = [exported.torch.prompt_ids(prefix)] * len(images)
+        found = exported.runtime.generate_ids(images, prompts, options=CaptionOptions(beams=beams))
+        assert found == exported.torch.generate_ids(images, prompts)
+    options = CaptionOptions(beams=beams, batch_size=2 * beams)
+    assert exported.runtime.caption(images, PREFIXES, options=options) == exported.torch.caption(images, PREFIXES)
+
+
+@pytest.mark.parametrize(("length_penalty", "early_stopping"), [(2.0, True), (-1.0, False), (1.0, "never")])
+def test_beams_are_penalised_and_stopped_alike(exported, length_penalty, early_stopping, monkeypatch):
+    module = exported.torch.module
+    config = (module.text_decoder if module.config.model_type == "blip" else module).generation_config
+    monkeypatch.setattr(config, "length_penalty", length_penalty)
+    monkeypatch.setattr(config, "early_stopping", early_stopping)
+    monkeypatch.setattr(exported.torch, "decoding", CaptionDecoding(beams=3))
+    images = list(random_images(6, seed=11))
+    prompts = [exported.torch.prompt_ids("")] * len(images)
+    options = CaptionOptions(beams=3, length_penalty=length_penalty, early_stopping=early_stopping)
+    assert exported.runtime.generate_ids(images, prompts, options=options) == exported.torch.generate_ids(
+        images, prompts
+    )
+
+
+def test_a_static_cache_changes_no_token(exported):
+    images = list(random_images(5, seed=7))
+    for seeds, beams in ((None, 1), ([4, 5, 6, 7, 8], 1), (None, 3)):
+        dynamic, static = (CaptionOptions(beams=beams, static_cache=static) for static in (False, True))
+        expected = exported.runtime.caption(images, PREFIXES, seeds, dynamic)
+        assert exported.runtime.caption(images, PREFIXES, seeds, static) == expected
+
+
+def test_the_embedded_captioner_searches_as_transformers_does(tmp_path):
+    """The micro-world's: sharp, trained distributions beside the random ones above."""
+    embedded = export(resolve("embedded", "captioner"), tmp_path)
+    draws = np.random.default_rng(5).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    images = list(np.repeat(np.repeat(draws, 12, axis=1), 12, axis=2))
+    for beams in (1, 3):
+        embedded.torch.decoding = CaptionDecoding(beams=beams)
+        for prefix in ("", "a photo of"):
+            prompts = [embedded.torch.prompt_ids(prefix)] * len(images)
+            expected = embedded.torch.generate_ids(images, prompts)
+            for static in (False, True):
+                options = CaptionOptions(beams=beams, static_cache=static)
+                assert embedded.runtime.generate_ids(images, prompts, options=options) == expected
+    assert len({tuple(ids) for ids in expected}) > 1
+
+
 def test_steps_equal_the_prefill(exported):
-    """Four ids at once, and one by one from an empty past, give the same logits."""
-    engine = exported.engine("decoder")
+    """Four ids at once, and one by one from an empty past, give the same logits; a cache of fixed length too."""
+    engine, static = exported.engine("decoder"), exported.engine("decoder_static")
     inputs = random_inputs(exported.graphs[1], {"batch": 2, "sequence": 4, "past": 0}, seed=0)
+    ids = inputs["input_ids"]
     whole, state = engine.run(inputs), dict(inputs)
+    room = np.zeros((*state["past_keys"].shape[:3], 9, state["past_keys"].shape[4]), np.float32)
+    fixed = state | {"past_keys": room, "past_values": room}
+    whole_fixed = static.run(fixed | {"position": np.array([0])})
     scale = max(1.0, float(np.abs(whole["logits"]).max()))
     for step in range(4):
-        output = engine.run(state | {"input_ids": inputs["input_ids"][:, step : step + 1]})
+        output = engine.run(state | {"input_ids": ids[:, step : step + 1]})
         state |= {"past_keys": output["present_keys"], "past_values": output["present_values"]}
-        np.testing.assert_allclose(
-            output["logits"][:, 0] / scale, whole["logits"][:, step] / scale, rtol=0, atol=TOLERANCE
-        )
+        placed = static.run(fixed | {"input_ids": ids[:, step : step + 1], "position": np.array([step])})
+        fixed |= {"past_keys": placed["present_keys"], "past_values": placed["present_values"]}
+        np.testing.assert_allclose(placed["logits"] / scale, output["logits"] / scale, rtol=0, atol=TOLERANCE)
+    for last in (output, placed, whole_fixed):
+        np.testing.assert_allclose(last["logits"] / scale, whole["logits"] / scale, rtol=0, atol=TOLERANCE)
+    assert whole["logits"].shape[1] == 1
+    assert not placed["present_keys"][..., 4:, :].any()
 
 
 def test_the_vision_graph_holds_no_decoder(exported):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mi2rage_engines.engine import HostEngine
 from mi2rage_engines.errors import ModelFolderError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import GeneratorSpec, GraphSpec
@@ -29,7 +30,7 @@ PROMPTS = ["a dog", "two men near a red car", "RT @user: caf\u00e9! #park", ""]
 SEEDS = [1, 2, 3, 4]
 
 
-class Watched:
+class Watched(HostEngine):
     """An engine that keeps what it was given."""
 
     def __init__(self, engine: Any) -> None:

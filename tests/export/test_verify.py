@@ -70,7 +70,7 @@ def test_a_whole_bundle_holds_and_one_that_answers_otherwise_does_not(exported_b
     run = _command(exported_bundle, "--component", "classifier", "--json")
     assert run.exit_code == 0, run.output
     parity = json.loads(run.output)["parity"]
-    assert {record["subject"] for record in parity} == {"classifier/classifier", "classifier"}
+    assert {record["subject"] for record in parity} == {"classifier/image", "classifier/classifier", "classifier"}
     folder = shutil.copytree(exported_bundle, tmp_path / "bundle")
     _changed(folder, "classifier", lambda logits: logits + np.float32(0.1))
     run = _command(folder, "--component", "classifier")

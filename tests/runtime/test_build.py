@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,15 @@ def test_profiles_apply_to_the_graphs_that_have_the_axes(bundle: Path) -> None:
     ("fields", "words"),
     [
         ({"targets": ("sm90",)}, ["sm90", "sm89", "Hopper"]),
+        ({"targets": ("sm99",)}, ["target sm99", "expected sm75", "name one of them"]),
+        ({"targets": ("sm89+",)}, ["target ''", "joined by +"]),
         ({"targets": ("sm89", "this")}, ["no GPU here"]),
         ({"graphs": ("unet", "vae")}, ["no graph vae", "generator/vae_decoder"]),
         ({"profiles": ("hight=4",)}, ["no graph has an axis hight", "height"]),
         ({"profiles": ("batch=4:2:1",)}, ["min <= opt <= max"]),
         ({"profiles": ("batch=0:1:1",)}, ["axis batch 0 to 1"]),
+        ({"profiles": ("batch=1:4:3000000000",)}, ["cannot read", "at most 2147483647"]),
+        ({"profiles": ("batch=" + "9" * 5000,)}, ["cannot read", "at most 2147483647"]),
         ({"backend": "trt"}, ["backend trt", "tensorrt-rtx"]),
     ],
 )
@@ -214,6 +219,57 @@ def test_a_bundle_that_cannot_be_written_is_refused_early(bundle: Path, monkeypa
         build_bundle(bundle, settings())
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda bundle: (bundle / "plans").touch(),
+        lambda bundle: (bundle / "plans").symlink_to("nowhere"),
+        lambda bundle: (bundle / "plans" / "sm89" / "generator-unet.plan").mkdir(parents=True),
+    ],
+)
+def test_what_stands_in_the_way_of_a_plan_is_refused_early(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, block: Callable[[Path], object]
+) -> None:
+    monkeypatch.setattr(build_module, "build_plan", None)
+    block(bundle)
+    before = tree(bundle)
+    with pytest.raises(InputError, match=r"sm89/generator-unet\.plan: cannot be written; expected a folder that takes"):
+        build_bundle(bundle, settings(graphs=("unet",), force=True))
+    assert tree(bundle) == before
+
+
+def test_a_bundle_behind_a_link_and_a_graph_behind_another(bundle: Path, tmp_path: Path) -> None:
+    graph = bundle / "generator" / "unet" / "model.onnx"
+    graph.rename(tmp_path / "elsewhere.onnx")
+    graph.symlink_to(tmp_path / "elsewhere.onnx")
+    (tmp_path / "link").symlink_to(bundle)
+    (result,) = build_bundle(tmp_path / "link", settings(graphs=("unet",)))
+    assert result.how == "built" and (bundle / "plans" / "sm89" / "generator-unet.plan").is_file()
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{"])
+def test_a_cache_whose_index_was_changed(bundle: Path, cache: Path, index: str) -> None:
+    build_bundle(bundle, settings(graphs=("unet",)))
+    (entry,) = (cache / "entries").iterdir()
+    for path in entry.iterdir():
+        path.unlink()
+    (entry / "files.json").write_text(index)
+    shutil.rmtree(bundle / "plans")
+    assert build_bundle(bundle, settings(graphs=("unet",)))[0].how == "built"
+
+
+def test_a_cache_that_cannot_even_be_searched(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Path.stat
+
+    def closed(path: Path, **options: Any) -> os.stat_result:
+        if path.is_relative_to(cache / "entries"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, **options)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    assert build_bundle(bundle, settings(graphs=("unet",)))[0].how == "built"
+
+
 def test_two_builders_at_once_end_with_one_build(bundle: Path, cache: Path) -> None:
     code = (
         "import sys; from mi2rage_rt.build import BuildSettings, build_bundle; "
@@ -269,12 +325,39 @@ def test_the_command(call: Any, bundle: Path, tmp_path: Path) -> None:
     assert code == 0 and "generator/unet" in out and "kept" in out and "100% fp32 (build log)" in out
 
 
-def test_the_command_refuses(call: Any, bundle: Path) -> None:
+def test_the_command_refuses_plans_that_do_not_belong(call: Any, tmp_path: Path, bundle: Path) -> None:
+    folder = bundle.rename(tmp_path / "ein B\u00fcndel")
+    args = ("build", folder, "--backend", "tensorrt-rtx", "--target", "sm89", "--graph", "unet")
+    assert call(*args)[0] == 0
+    record = plan_path(folder, "sm89", "generator/unet").with_suffix(".json")
+    whole = json.loads(record.read_text())
+    for change, words in (
+        ({"version": "1.0.0"}, "expected 1.0.0, the one that built it"),
+        ({"capabilities": ["sm80"]}, "expected sm80, what it was built for"),
+        ({"graph_sha256": "a" * 64}, "the graph generator/unet is another one now"),
+        ({"precision": "fp99"}, "the record is damaged"),
+    ):
+        record.write_text(json.dumps({**whole, "request": {**whole["request"], **change}}))
+        code, out, err = call(*args)
+        assert code == 2 and out == "" and words in err
+        assert f"build it again: mi2rage-rt build '{folder}'" in err and "--force" in err
+    assert call(*args, "--force")[0] == 0 and call(*args)[0] == 0
+
+
+def test_the_command_refuses(call: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    code, _, err = call("build", bundle, "--backend", "tensorrt")
+    assert code == 2 and "pip install 'mi2rage-rt[tensorrt]'" in err
     for args, words in (
         (("--target", "sm90"), "Hopper"),
         (("--cache-limit", "much"), "20GB"),
+        (("--cache-limit", "9" * 400 + "GB"), "20GB"),
+        (("--workspace", "99999999TB"), "20GB"),
         (("--target", "sm89", "--optimization-level", "6"), "--optimization-level"),
         (("--target", "sm89", "--graph", "vae"), "no graph vae"),
     ):
         code, out, err = call("build", bundle, "--backend", "tensorrt-rtx", *args)
         assert code == 2 and out == "" and words in err
+    scarce = ("--target", "sm89", "--graph", "unet", "--workspace", "1B")
+    code, _, err = call("build", bundle, "--backend", "tensorrt-rtx", *scarce)
+    assert code == 1 and "larger --workspace" in err and not (bundle / "plans").exists()

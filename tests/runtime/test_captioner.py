@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mi2rage_engines.engine import DeviceArray, HostEngine
 from mi2rage_engines.errors import DataError, EngineError, InputError
 from mi2rage_engines.spec import AxisRange, TensorSpec
 from mi2rage_rt import noise
@@ -60,13 +62,14 @@ def test_sampling_draws_by_seed_and_step(captioner: RuntimeCaptioner) -> None:
 
 def test_finished_rows_leave_the_batch(captioner: RuntimeCaptioner) -> None:
     sizes = []
-    run = captioner._decoder.run
+    decoder = captioner._decoders["decoder"]
+    call = decoder.call
 
-    def decoder(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def spy(inputs: Mapping[str, Any]) -> dict[str, DeviceArray]:
         sizes.append((inputs["input_ids"].shape, inputs["past_keys"].shape[3]))
-        return run(inputs)
+        return call(inputs)
 
-    captioner._decoder.run = decoder  # type: ignore[method-assign]
+    decoder.call = spy  # type: ignore[method-assign, assignment]
     captioner.caption([BRIGHT, DARK])
     assert sizes[0] == ((2, 1), 0)  # prefill
     assert sizes[1] == ((2, 1), 1)
@@ -89,14 +92,22 @@ def test_unusable_arguments(captioner: RuntimeCaptioner) -> None:
             captioner.caption([BRIGHT], options=options)
 
 
+class NoNumbers:
+    shape, dtype = (1, 1, len(WORDS)), np.dtype(np.float32)
+
+    def numpy(self) -> np.ndarray:
+        return np.full(self.shape, np.nan, self.dtype)
+
+
 def test_nan_logits_are_told(captioner: RuntimeCaptioner) -> None:
-    run = captioner._decoder.run
-    captioner._decoder.run = lambda inputs: {**run(inputs), "logits": np.full((1, 1, 9), np.nan)}  # type: ignore
+    decoder = captioner._decoders["decoder"]
+    call = decoder.call
+    decoder.call = lambda inputs: {**call(inputs), "logits": NoNumbers()}  # type: ignore[method-assign, assignment]
     with pytest.raises(EngineError, match="NaN"):
         captioner.caption([BRIGHT])
 
 
-class VisionWithPreprocessing:
+class VisionWithPreprocessing(HostEngine):
     """A vision graph that begins with the image; its cross states are each image's mean level, less 100."""
 
     name = "vision"
@@ -128,7 +139,7 @@ def test_a_graph_with_preprocessing_is_given_images_by_size(captioner: RuntimeCa
     graphs = {**spec.graphs, "vision": spec.graphs["vision"].model_copy(update={"axes": axes})}
     inside = RuntimeCaptioner(
         spec.model_copy(update={"graphs": graphs}),
-        {"vision": vision, "decoder": captioner._decoder},
+        {"vision": vision, "decoder": captioner._decoders["decoder"]},
         captioner._tokenizer,
     )
     wide, large = np.full((7, 9, 3), 255, np.uint8), np.full((40, 40, 3), 255, np.uint8)
@@ -137,4 +148,4 @@ def test_a_graph_with_preprocessing_is_given_images_by_size(captioner: RuntimeCa
     assert vision.shapes == [(2, 7, 9, 3), (2, 5, 8, 3), (2, 6, 6, 3)]
     vision.inputs = vision.inputs[:2]
     with pytest.raises(EngineError, match="has no input columns"):
-        RuntimeCaptioner(spec, {"vision": vision, "decoder": captioner._decoder}, captioner._tokenizer)
+        RuntimeCaptioner(spec, {"vision": vision, "decoder": captioner._decoders["decoder"]}, captioner._tokenizer)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mi2rage_engines.engine import HostEngine
 from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError
 from mi2rage_engines.spec import TensorSpec
 from mi2rage_rt import noise
@@ -16,7 +17,7 @@ from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
 from mi2rage_rt.protocols import TextToImage
 
 
-class Watched:
+class Watched(HostEngine):
     """An engine that keeps what it was given."""
 
     def __init__(self, engine: Any) -> None:
@@ -84,6 +85,25 @@ def test_guidance_is_one_call_a_step_and_left_out_at_one(generator: RuntimeGener
     assert [call["sample"].shape[0] for call in generator._unet.calls] == [1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("interval", "rows"), [((0.0, 0.5), [2, 2, 1]), ((0.5, 1.0), [1, 1, 2]), ((0.0, 0.0), [1] * 3)]
+)
+def test_guidance_on_part_of_the_steps(
+    generator: RuntimeGenerator, interval: tuple[float, float], rows: list[int]
+) -> None:
+    options = GenerateOptions(guidance_interval=interval, guidance_scale=3.0)
+    (image,) = generator.generate(["a red car"], [5], options)
+    calls = generator._unet.calls
+    assert [len(call["sample"]) for call in calls] == rows
+    prompted = generator._text_encoders[0].run({"input_ids": generator._tokenizers[0].encode(["a red car"])})
+    for call in calls:
+        np.testing.assert_array_equal(call["encoder_hidden_states"][-1], prompted["last_hidden_state"][0])
+    whole = generator.generate(["a red car"], [5], GenerateOptions(guidance_scale=3.0))[0]
+    without = generator.generate(["a red car"], [5], GenerateOptions(guidance_scale=1.0))[0]
+    assert np.abs(image.astype(int) - whole).max() > 1
+    assert np.array_equal(image, without) == (interval == (0.0, 0.0))
+
+
 def test_equal_prompts_are_encoded_once_and_batches_are_bounded(generator: RuntimeGenerator) -> None:
     images = generator.generate(["a", "dog"] * 5, range(10), GenerateOptions(batch_size=4, guidance_scale=1.0))
     assert [len(call["input_ids"]) for call in generator._text_encoders[0].calls] == [2]
@@ -108,26 +128,30 @@ def test_unusable_arguments(generator: RuntimeGenerator) -> None:
         generator.generate(["a"], [-1])
     with pytest.raises(InputError, match="batch size 0"):
         generator.generate(["a"], [0], GenerateOptions(batch_size=0))
+    with pytest.raises(InputError, match=r"guidance interval 0\.5:0\.2"):
+        generator.generate(["a"], [0], GenerateOptions(guidance_interval=(0.5, 0.2)))
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("int64", (1,)), ("int64", ()), ("float32", (1,))])
 def test_the_timestep_is_as_the_graph_wants_it(generator: RuntimeGenerator, dtype: str, shape: tuple[int, ...]) -> None:
-    generator._unet_inputs["timestep"] = TensorSpec(name="timestep", dtype=dtype, shape=shape)
+    wanted = TensorSpec(name="timestep", dtype=dtype, shape=shape)
+    unet = generator._unet
+    unet.inputs = tuple(wanted if tensor.name == "timestep" else tensor for tensor in unet.inputs)
     seen: list[np.ndarray] = []
-    run = generator._unet.run
+    run = unet.run
 
-    def unet(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def as_the_graph_is(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         seen.append(inputs["timestep"])
         return run({**inputs, "timestep": np.float32(inputs["timestep"].reshape(()))})
 
-    generator._unet.run = unet  # type: ignore[method-assign]
+    unet.run = as_the_graph_is
     generator.generate(["a"], [0])
     assert [time.reshape(-1)[0] for time in seen] == [1000, 900, 800]
     assert all(time.dtype == dtype and time.shape == shape for time in seen)
 
 
 def test_nan_is_no_image(generator: RuntimeGenerator) -> None:
-    generator._unet.run = lambda inputs: {"out_sample": np.full_like(inputs["sample"], np.nan)}  # type: ignore
+    generator._unet.run = lambda inputs: {"out_sample": np.full_like(inputs["sample"], np.nan)}
     with pytest.raises(EngineError, match="NaN"):
         generator.generate(["a"], [0])
 
@@ -136,11 +160,16 @@ def test_a_generator_on_pixels_needs_no_vae(parts: RuntimeGenerator) -> None:
     latents = parts.spec.latents.model_copy(update={"channels": 12, "downsampling": 2})
     spec = parts.spec.model_copy(update={"latents": latents})
     engines = {"text_encoder": parts._text_encoders[0], "unet": parts._unet}
-    pixels = RuntimeGenerator(spec, engines, parts._tokenizers[0])._decode(np.zeros((1, 3, 4, 4), np.float32))
-    assert (pixels == 128).all()
+    levels = np.zeros((1, 4, 4, 3), np.uint8)
+    pixels = np.linspace(-1.5, 1.5, 48, dtype=np.float32).reshape(1, 3, 4, 4)
+    RuntimeGenerator(spec, engines, parts._tokenizers[0])._decode_into(levels, pixels)
+    expected = np.round(np.clip(pixels / 2 + 0.5, 0, 1) * 255)
+    np.testing.assert_array_equal(levels[0], expected[0].transpose(1, 2, 0))
+    with pytest.raises(EngineError, match="the decoded image holds NaN or infinity"):
+        RuntimeGenerator(spec, engines, parts._tokenizers[0])._decode_into(levels, pixels * np.inf)
 
 
-class Made:
+class Made(HostEngine):
     """An engine of Python functions: named arrays in, named arrays out."""
 
     def __init__(self, inputs: dict[str, tuple[Any, ...]], outputs: dict[str, Any]) -> None:
@@ -232,3 +261,79 @@ def test_graphs_that_do_not_fit_are_refused(parts: RuntimeGenerator) -> None:
     bare = {**engines, "text_encoder_2": engines["text_encoder"]}
     with pytest.raises(EngineError, match="has no output text_embeds"):
         _xl(parts, bare, text_outputs=("hidden_states.1", "hidden_states.1"))
+
+
+class Clock:
+    """Moves on by what engines are made to take: `fixed` seconds a call and `each` a row."""
+
+    def __init__(self, generator: RuntimeGenerator, fixed: float, each: float) -> None:
+        self.now = 0.0
+        self.fixed, self.each = fixed, each
+        for engine, name in ((generator._unet, "sample"), (generator._vae_decoder, "latent_sample")):
+            self._slow(engine, name)
+        generator._clock = lambda: self.now
+
+    def _slow(self, engine: Any, name: str) -> None:
+        run = engine.run
+
+        def slow(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            self.now += self.fixed + self.each * len(inputs[name])
+            return run(inputs)
+
+        engine.run = slow
+
+
+class Bytes:
+    """Memory of which the weights take 1000 and each row of the last decoding 100."""
+
+    def __init__(self, generator: RuntimeGenerator) -> None:
+        self.generator = generator
+
+    def peak_bytes(self, call: Any) -> int:
+        call()
+        return 1000 + 100 * len(self.generator._vae_decoder.calls[-1]["latent_sample"])
+
+    def limit_bytes(self) -> int:
+        return 10**9
+
+
+def _batches(generator: RuntimeGenerator, count: int, options: GenerateOptions) -> list[int]:
+    generator.generate(["a"] * count, range(count), options)  # measures where it has to
+    generator._vae_decoder.calls.clear()
+    generator.generate(["a"] * count, range(count), options)
+    return [len(call["latent_sample"]) for call in generator._vae_decoder.calls]
+
+
+def test_the_batch_is_searched_by_the_time_of_the_whole(generator: RuntimeGenerator) -> None:
+    generator._memory = Bytes(generator)  # type: ignore[assignment]
+    clock = Clock(generator, fixed=0.0, each=1.0)
+    assert _batches(generator, 6, GenerateOptions(batch_size="auto")) == [1] * 6
+    # 3 steps of f + 2 n with guidance and a decoding of f + n, all for n images: 4 f + 7 n seconds.
+    plan = generator._plan(GenerateOptions())
+    clock.fixed = 2.0
+    assert generator._trial(plan, 4) == pytest.approx(4 * 2.0 + 7 * 4)
+    # With guidance on the first two steps of three it is 4 f + 6 n.
+    assert generator._trial(generator._plan(GenerateOptions(guidance_interval=(0, 0.5))), 4) == pytest.approx(8 + 24)
+    # 8 / n + 6 seconds an image: 6.5 at 16, 6.25 at 32 (4% less), 6.125 at 64 (2% less).
+    fresh = GenerateOptions(batch_size="auto", guidance_interval=(0, 0.5))
+    assert generator.batch_size(100, fresh) == 32
+    assert generator.batch_size(5, fresh) == 4
+
+
+def test_the_batch_is_kept_within_memory(generator: RuntimeGenerator) -> None:
+    generator._memory = Bytes(generator)  # type: ignore[assignment]
+    # A row takes its 4 x 4 pixels and 12 x 2 x 2 latents twice in float32, 768 bytes: more than the 100 that are seen.
+    options = GenerateOptions(memory_bytes=1100 + 2 * 768)
+    assert _batches(generator, 7, options) == [3, 3, 1]
+    assert generator.batch_size(7, GenerateOptions(memory_bytes=10**6)) == 7
+    assert generator.batch_size(7, GenerateOptions(memory_bytes=10**6, batch_size=2)) == 2
+    with pytest.raises(InputError, match=r"memory limit .* one row takes"):
+        generator.generate(["a"] * 2, [0, 1], GenerateOptions(memory_bytes=1000))
+
+
+def test_images_do_not_depend_on_the_batch(generator: RuntimeGenerator) -> None:
+    prompts, seeds = ["a", "dog", "red", "car", "sea"], [3, 1, 4, 1, 5]
+    alone = generator.generate(prompts, seeds, GenerateOptions(batch_size=1, steps=5))
+    for batch_size in (2, 5, 8):
+        together = generator.generate(prompts, seeds, GenerateOptions(batch_size=batch_size, steps=5))
+        assert np.abs(together.astype(int) - alone).max() <= 1  # rounding

@@ -9,8 +9,16 @@ import pytest
 from PIL import Image
 
 from mi2rage_engines.errors import DataError, ModelFolderError
+from mi2rage_engines.spec import ImagePreprocessing
 from mi2rage_rt import images
-from mi2rage_rt.images import decode_image, encode_image, load_image, pixel_values, preprocessing_from_folder
+from mi2rage_rt.images import (
+    decode_image,
+    encode_image,
+    fitted,
+    load_image,
+    pixel_values,
+    preprocessing_from_folder,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -85,8 +93,79 @@ def test_pixel_values_equal_those_of_transformers(tmp_path: Path, kind: str, set
     given = [noise(100, 100), noise(37, 91), noise(150, 64), noise(40, 40), noise(spec.height, spec.width)]
     expected = np.concatenate([processor(images=image, return_tensors="np")["pixel_values"] for image in given])
     values = pixel_values(given, spec)
-    assert values.dtype == np.float32
+    assert values.dtype == np.float32 and values.flags.c_contiguous
     np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ImagePreprocessing(height=30, width=50, mean=HALF, std=HALF),
+        ImagePreprocessing(height=32, width=32, resize="shortest_edge", shortest_edge=32, mean=HALF, std=HALF),
+        ImagePreprocessing(height=47, width=32, resize="shortest_edge", shortest_edge=32, mean=HALF, std=HALF),
+        ImagePreprocessing(height=32, width=32, resize="shortest_edge", shortest_edge=40, mean=HALF, std=HALF),
+    ],
+    ids=["exact", "square", "tall", "cut"],
+)
+def test_fitted_images_give_the_same_pixel_values(spec: ImagePreprocessing) -> None:
+    given = [noise(100, 100), noise(37, 91), noise(150, 64), noise(20, 24), noise(spec.height, spec.width)]
+    small = [fitted(image, spec) for image in given]
+    np.testing.assert_array_equal(pixel_values(small, spec), pixel_values(given, spec))
+    if spec.shortest_edge != 40:  # resizing what was cut out would change it
+        assert {image.shape for image in small} == {(spec.height, spec.width, 3)}
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ImagePreprocessing(height=32, width=32, mean=HALF, std=HALF)
+    given = [noise(50 + row, 70, row) for row in range(9)]
+    alone = pixel_values(given, spec)
+    monkeypatch.setattr(images, "_WORTH_THREADS_PX", 1)
+    monkeypatch.setattr(images, "usable_cores", lambda: 3)
+    np.testing.assert_array_equal(pixel_values(given, spec), alone)
+
+
+def _photo(height: int, width: int) -> np.ndarray:
+    """Something like a photograph: fine noise on large shapes."""
+    coarse = Image.fromarray(noise(height // 40, width // 40)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(coarse) + np.random.default_rng(1).normal(0, 8, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("at_least", "scale"), [((480, 640), 1), ((200, 320), 2), ((120, 160), 4), ((61, 60), 4), ((5, 5), 8)]
+)
+def test_a_large_jpeg_is_decoded_smaller(
+    tmp_path: Path, at_least: tuple[int, int], scale: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(_photo(480, 640)).save(tmp_path / "i.jpg", quality=90, exif=exif)
+    turned = orientation == 6
+    small = load_image(tmp_path / "i.jpg", at_least[::-1] if turned else at_least)
+    assert small.shape == ((640 // scale, 480 // scale, 3) if turned else (480 // scale, 640 // scale, 3))
+    assert load_image(tmp_path / "i.jpg").shape == ((640, 480, 3) if turned else (480, 640, 3))
+
+
+def test_what_is_not_a_jpeg_is_decoded_whole(tmp_path: Path) -> None:
+    Image.fromarray(noise(64, 48)).save(tmp_path / "i.png")
+    assert load_image(tmp_path / "i.png", (8, 8)).shape == (64, 48, 3)
+
+
+def test_decoded_smaller_pixels_differ_by_little(tmp_path: Path) -> None:
+    """In levels of 255, after resizing to 48 px: 0.4 on average and 4 at most where half the size or more was left over
+    for resizing; 1.0 and 9 where the decoder did nearly all of it."""
+    Image.fromarray(_photo(480, 640)).save(tmp_path / "i.jpg", quality=90)
+    spec = ImagePreprocessing(height=48, width=48, resize="shortest_edge", shortest_edge=48, mean=HALF, std=HALF)
+    whole = fitted(load_image(tmp_path / "i.jpg"), spec).astype(int)
+    for at_least, mean, largest in (((96, 96), 0.4, 4), ((48, 48), 1.0, 9)):
+        apart = np.abs(fitted(load_image(tmp_path / "i.jpg", at_least), spec) - whole)
+        print(at_least, apart.mean(), apart.max())
+        assert apart.mean() <= mean and apart.max() <= largest
 
 
 def test_no_images_give_an_empty_batch(tmp_path: Path) -> None:

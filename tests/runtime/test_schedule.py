@@ -7,7 +7,7 @@ import pytest
 
 from mi2rage_engines.errors import BundleError, InputError
 from mi2rage_engines.spec import ScheduleTable
-from mi2rage_rt.schedule import Schedule, schedule_for
+from mi2rage_rt.schedule import Schedule, guided_steps, interval_from_text, schedule_for
 from tests.runtime.tiny_bundle import schedule
 
 
@@ -88,3 +88,44 @@ def test_the_steps_there_are_are_named() -> None:
 def test_a_short_column_is_refused() -> None:
     with pytest.raises(BundleError, match="timesteps has 1 numbers; expected 3"):
         Schedule(schedule(3).model_copy(update={"timesteps": (1.0,)}))
+
+
+def test_the_numbers_of_a_step() -> None:
+    table = schedule(3, noise=0.5).model_copy(update={"input_scale": (1.0, 0.25, 1.0), "init_noise_sigma": 3.0})
+    ours = Schedule(table)
+    numbers = ours.coefficients(1)
+    assert numbers.dtype == np.float32
+    np.testing.assert_array_equal(numbers, [0.25, 0.5, 0.25, 0.5])
+    latents = np.ones((1, 2), np.float32)
+    assert ours.scaled(latents, 0) is latents  # nothing to compute, no copy
+    np.testing.assert_array_equal(ours.scaled(latents, 1), [[0.25, 0.25]])
+    np.testing.assert_array_equal(ours.initial(latents), [[3.0, 3.0]])
+    first = ours.first_step()
+    assert first.steps == 1
+    assert first.table.timesteps == table.timesteps[:1]
+    np.testing.assert_array_equal(first.coefficients(0), ours.coefficients(0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "expected"),
+    [
+        (4, (0.0, 1.0), [0, 1, 2, 3]),
+        (4, (0.0, 0.5), [0, 1]),
+        (5, (0.0, 0.5), [0, 1, 2]),
+        (4, (0.25, 0.75), [1, 2]),
+        (3, (1.0, 1.0), []),
+        (1, (0.0, 0.1), [0]),
+    ],
+)
+def test_guidance_on_a_share_of_the_steps(steps: int, interval: tuple[float, float], expected: list[int]) -> None:
+    assert [step for step, guided in enumerate(guided_steps(steps, interval)) if guided] == expected
+
+
+def test_unusable_intervals() -> None:
+    assert interval_from_text("0:0.5") == (0.0, 0.5)
+    for text in ("0.5", "a:b", "0:1:2"):
+        with pytest.raises(InputError, match="expected FIRST:LAST"):
+            interval_from_text(text)
+    for interval in ((0.5, 0.2), (-0.1, 1.0), (0.0, 1.5), (float("nan"), 1.0)):
+        with pytest.raises(InputError, match="two shares of the steps from 0 to 1 in rising order"):
+            guided_steps(4, interval)

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mi2rage_engines.errors import DataError
+from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.noise import seed_from
-from mi2rage_rt.progress import track
+from mi2rage_rt.progress import steps
 from mi2rage_rt.protocols import ImageToText, TextToImage
 from mi2rage_rt.samples import json_from_sample
 from mi2rage_training.chain_config import ChainConfig, Decoding, Given, ImageFormat
 from mi2rage_training.chain_links import Links
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
-from mi2rage_training.store import StoreManifest, StoreWriter
+from mi2rage_training.stages import Overlap, Stages, usual_overlap
+from mi2rage_training.store import StoreManifest, StoreWriter, read_columns
 
-__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "synthesize"]
+__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "Overlap", "children_not_made", "synthesize"]
 
 
 def _settings(pairs: Sequence[Pair], links: Links, models: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def synthesize(
     config: ChainConfig,
     models: dict[str, Any] | None = None,
     judge: Judge | None = None,
+    overlap: Overlap | None = None,
 ) -> StoreManifest:
     """Make the candidates of every real sample into the store `out`; goes on where an earlier run stopped.
 
@@ -52,11 +54,38 @@ def synthesize(
         models: what else decides what is made, as JSON values (source, denoising steps, guidance scale, ...); kept in
             the store's settings, so that an unfinished store is never gone on with by other means.
         judge: scores children before they have children.
+        overlap: what is done at a time; by default what suits the models, see `usual_overlap`. It changes no byte.
 
     Raises:
         DataError: a sample has no label, or no image where images are given.
-        InputError: `out` was begun with other settings, or is something else.
+        InputError: `out` was begun with other settings, or is something else; or `config` asks for a judge, and there
+            is none.
+        what a model or the disk raised, as it was: then, as after Ctrl-C, the finished shards are there, whole.
     """
+    _check(pairs, config, judge)
+    starts = range(0, len(pairs), config.shard_size)
+    with steps("synthesize", len(starts)) as bar, Stages(overlap or usual_overlap(generator, captioner)) as stages:
+        shared = None if judge is None else stages.judge(judge)
+        links = Links(stages.generator(generator), stages.captioner(captioner), config, shared, stages.encoders)
+        writer = StoreWriter(out, _settings(pairs, links, models or {}))
+
+        def make(index: int) -> None:
+            start = starts[index]
+            writer.write(index, links.make(pairs[start : start + config.shard_size]))
+
+        missing = [index for index in range(len(starts)) if not writer.has(index)]
+        bar.advance(len(starts) - len(missing))
+        for _ in stages.done(missing, make):
+            bar.advance()
+        return writer.finish(len(starts))
+
+
+def _check(pairs: Sequence[Pair], config: ChainConfig, judge: Judge | None) -> None:
+    if config.least_added_nats is not None and judge is None:
+        raise InputError(
+            f"least added nats: came {config.least_added_nats} without a judge; expected one, which says what a child "
+            "adds; give the teachers of an earlier selection (--judge), or leave it out"
+        )
     for pair in pairs:
         if pair.sample.label is None:
             raise DataError(
@@ -66,10 +95,15 @@ def synthesize(
             raise DataError(
                 f"sample {pair.sample.id}: has no image; expected one, since images are given; add it, or give texts"
             )
-    links = Links(generator, captioner, config, judge)
-    writer = StoreWriter(out, _settings(pairs, links, models or {}))
-    starts = range(0, len(pairs), config.shard_size)
-    for index, start in enumerate(track(starts, "synthesize", total=len(starts))):
-        if not writer.has(index):
-            writer.write(index, links.make(pairs[start : start + config.shard_size]))
-    return writer.finish(len(starts))
+
+
+def children_not_made(store: Path, config: ChainConfig) -> int:
+    """How many children the chains of a finished store were spared by `config.least_added_nats`."""
+    if config.least_added_nats is None:
+        return 0
+    rows = read_columns(store, ("link", "added_nats"))
+    return sum(
+        config.links - row["link"]
+        for row in rows
+        if row["added_nats"] is not None and row["added_nats"] < config.least_added_nats
+    )

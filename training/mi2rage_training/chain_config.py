@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import string
 from collections.abc import Mapping
 from enum import StrEnum
@@ -17,6 +18,8 @@ NONE = "None"
 """The label of pairs without a relation."""
 _PROMPT_FIELDS = ("sentence", "head", "tail", "label", "caption")
 _PREFIX_FIELDS = ("head", "tail", "label")
+_NEWER = ("jpeg_quality", "png_level", "least_added_nats")
+"""Settings that unfinished stores of earlier releases do not have."""
 DEFAULT_TEXT_PREFIXES = (
     "{head} and {tail} :",
     "{head} , {tail} :",
@@ -58,6 +61,9 @@ class ChainConfig:
         seed: of the whole run.
         shard_size: real samples a shard; part of the settings, since a batch's shape can change its last bits.
         image_format: of made images in the store.
+        jpeg_quality: 1 to 95.
+        png_level: effort at making PNG files small, 0 to 9: level 1 is five times as fast as 6, and files a few per
+            cent larger.
         first_prompt, next_prompt: templates of what the generator draws, of `{sentence}`, `{head}`, `{tail}`,
             `{label}` (in words) and, at later links, `{caption}`.
         prefixes: templates that captions begin with, of `{head}`, `{tail}`, `{label}`; siblings take turns. Empty is
@@ -67,6 +73,8 @@ class ChainConfig:
         attempts: how often a caption that a sibling has already, or that lacks a mention, is drawn again.
         drop_duplicates: leave out a child whose caption a sibling still has after that, and all that would come of it.
         sharpness: power of the judge's likelihood where there is a judge, see `judge`; 1 is the posterior.
+        least_added_nats: where there is a judge, a child that adds less ends its chain, see `chain_places`; None ends
+            none. Its exponential is the least ratio q(y | both) / q(y | real modality).
     """
 
     given: Given = Given.TEXT
@@ -75,6 +83,8 @@ class ChainConfig:
     seed: int = 0
     shard_size: int = 32
     image_format: ImageFormat = ImageFormat.PNG
+    jpeg_quality: int = 90
+    png_level: int = 6
     first_prompt: str = "{sentence}"
     next_prompt: str = "{caption}"
     prefixes: tuple[str, ...] = ()
@@ -83,6 +93,7 @@ class ChainConfig:
     attempts: int = 3
     drop_duplicates: bool = False
     sharpness: float = 1.0
+    least_added_nats: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("links", "width", "shard_size"):
@@ -92,6 +103,9 @@ class ChainConfig:
             raise InputError(f"attempts: came {self.attempts}; expected 0 (never again) or more")
         if self.sharpness <= 0:
             raise InputError(f"sharpness: came {self.sharpness}; expected a number above 0; 1 is the posterior")
+        if self.least_added_nats is not None and not math.isfinite(self.least_added_nats):
+            raise InputError(f"least added nats: came {self.least_added_nats}; expected a finite number, e.g. 0")
+        self._check_image_format()
         _check_template("first prompt", self.first_prompt, tuple(set(_PROMPT_FIELDS) - {"caption"}))
         _check_template("next prompt", self.next_prompt, _PROMPT_FIELDS)
         for prefix in self.prefixes:
@@ -101,6 +115,19 @@ class ChainConfig:
                 raise InputError(
                     f"prefix {prefix!r}: names {sorted(fields) or 'neither mention'}; expected {{head}} and {{tail}} "
                     "once each, set off by spaces, since every made text must hold both mentions"
+                )
+
+    def _check_image_format(self) -> None:
+        """An option of the other format is refused too, so that none is without effect."""
+        if not 1 <= self.jpeg_quality <= 95:
+            raise InputError(f"jpeg quality: came {self.jpeg_quality}; expected 1 to 95, e.g. 90")
+        if not 0 <= self.png_level <= 9:
+            raise InputError(f"png level: came {self.png_level}; expected 0 to 9, e.g. 1 (fast) or 6 (smaller)")
+        for name, usual, format_ in (("jpeg_quality", 90, ImageFormat.JPEG), ("png_level", 6, ImageFormat.PNG)):
+            if getattr(self, name) != usual and self.image_format is not format_:
+                raise InputError(
+                    f"{name.replace('_', ' ')}: came with the image format {self.image_format.value}; expected it with "
+                    f"{format_.value} only; leave it out, or take that format"
                 )
 
     @property
@@ -118,8 +145,10 @@ class ChainConfig:
         )
 
     def described(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return dataclasses.asdict(self) | {"prefixes": list(self.prefixes), "label_words": dict(self.label_words)}
+        """The settings as JSON values; newer ones only where they are set, so that older stores can be gone on with."""
+        values = dataclasses.asdict(self) | {"prefixes": list(self.prefixes), "label_words": dict(self.label_words)}
+        usual = {field.name: field.default for field in dataclasses.fields(self) if field.name in _NEWER}
+        return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
 
 
 def _check_template(subject: str, template: str, allowed: tuple[str, ...]) -> set[str]:

@@ -8,50 +8,28 @@ All places of a link run in one batch; the noise of a child is keyed by (run see
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 
 import numpy as np
+from PIL import Image as PilImage
 
 from mi2rage_engines.errors import DataError
 from mi2rage_rt.images import encode_image
-from mi2rage_rt.noise import rng, seed_from
+from mi2rage_rt.noise import seed_from
 from mi2rage_rt.protocols import Image, ImageToText, TextToImage
 from mi2rage_rt.samples import Provenance, Sample
 from mi2rage_training.chain_captions import Request, Written, write_captions
-from mi2rage_training.chain_config import ChainConfig, Given, fill, without_label
+from mi2rage_training.chain_config import ChainConfig, Given, ImageFormat, fill, without_label
+from mi2rage_training.chain_places import Child, Place, that_go_on
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.slots import compose
+from mi2rage_training.stages import AtOnce
 from mi2rage_training.store import Candidate
 
 __all__ = ["Links"]
-
-
-@dataclasses.dataclass(slots=True)
-class _Place:
-    """Where a child is made at each link: a real sample's, one of `width`.
-
-    Attributes:
-        source: id of what the next child is made from: a candidate, or the real sample.
-        caption: what the next link's image is drawn from; None at the start of a chain.
-    """
-
-    pair: Pair
-    child: int
-    source: str
-    caption: str | None = None
-
-    @property
-    def sample(self) -> Sample:
-        return self.pair.sample
-
-    def start_again(self) -> None:
-        """Let the next child be made from the real sample."""
-        self.source, self.caption = self.sample.id, None
-
-    def follow(self, candidate: Candidate) -> None:
-        """Let the next child be made from `candidate`."""
-        self.source, self.caption = candidate.sample.id, candidate.caption
 
 
 class Links:
@@ -61,15 +39,22 @@ class Links:
         generator, captioner: the models.
         config: of the chains.
         judge: scores children before they have children of their own, see `judge`; None lets every child have one.
+        encoders: encode images, beside what is done here.
     """
 
     def __init__(
-        self, generator: TextToImage, captioner: ImageToText, config: ChainConfig, judge: Judge | None = None
+        self,
+        generator: TextToImage,
+        captioner: ImageToText,
+        config: ChainConfig,
+        judge: Judge | None = None,
+        encoders: Executor | None = None,
     ) -> None:
         self.generator = generator
         self.captioner = captioner
         self.config = config
         self.judge = judge
+        self.encoders = encoders or AtOnce()
         self.models = {"generator": generator.name, "captioner": captioner.name}
         if judge is not None:
             self.models["judge"] = judge.name
@@ -83,20 +68,22 @@ class Links:
         Raises:
             DataError: images are given, and a sample has none.
         """
-        places = [_Place(pair, child, pair.sample.id) for pair in pairs for child in range(self.config.width)]
-        chains: list[list[Candidate]] = [[] for _ in places]
+        places = [Place(pair, child, pair.sample.id) for pair in pairs for child in range(self.config.width)]
         given = {pair.sample.id: _image_of(pair) for pair in pairs} if self.config.given is Given.IMAGE else {}
         seen: dict[str, set[str]] = {}
+        going = places
         for link in range(1, self.config.links + 1):
-            children = self._make_texts(places, link, given, seen) if given else self._make_images(places, link)
-            for chain, child in zip(chains, children, strict=True):
+            children = self._make_texts(going, link, given, seen) if given else self._make_images(going, link)
+            for place, child in zip(going, children, strict=True):
                 if child is not None:
-                    chain.append(child)
+                    place.chain.append(child)
             if link < self.config.links:
-                self._choose_sources(places, children, link)
-        return [candidate for chain in chains for candidate in chain]
+                going = that_go_on(going, children, link, self.config, self.judge)
+            if not going:
+                break
+        return [child.finished() for place in places for child in place.chain]
 
-    def _make_images(self, places: Sequence[_Place], link: int) -> list[Candidate | None]:
+    def _make_images(self, places: Sequence[Place], link: int) -> list[Child | None]:
         """Text given: an image for each place, and its caption."""
         seeds, prompts = self._image_seeds(places, link), [self._prompt(place) for place in places]
         images = self.generator.generate(prompts, seeds)
@@ -105,7 +92,7 @@ class Links:
             for place, image in zip(places, images, strict=True)
         ]
         written = write_captions(self.captioner, requests, self.config, {})
-        children: list[Candidate | None] = []
+        children: list[Child | None] = []
         for row, (place, found) in enumerate(zip(places, written, strict=True)):
             if found is None:
                 children.append(None)
@@ -113,12 +100,13 @@ class Links:
             sample = self._named(place, link, seeds[row])
             sample = dataclasses.replace(sample, image=f"{sample.id.replace('/', '-')}.{self.config.image_format}")
             caption = f"{requests[row].prefix} {found.text}".strip()
-            children.append(Candidate(sample, self._encoded(images[row]), prompts[row], caption or prompts[row]))
+            candidate = Candidate(sample, b"", prompts[row], caption or prompts[row])
+            children.append(Child(candidate, image=self._encoded(images[row])))
         return children
 
     def _make_texts(
-        self, places: Sequence[_Place], link: int, given: dict[str, Image], seen: dict[str, set[str]]
-    ) -> list[Candidate | None]:
+        self, places: Sequence[Place], link: int, given: dict[str, Image], seen: dict[str, set[str]]
+    ) -> list[Child | None]:
         """Image given: a text for each place, of the real image or of one drawn from the text before."""
         shown = [given[place.sample.id] for place in places]
         drawn = [row for row, place in enumerate(places) if place.caption is not None]
@@ -133,30 +121,22 @@ class Links:
             for place, image, prefix in zip(places, shown, prefixes, strict=True)
         ]
         written = write_captions(self.captioner, requests, self.config, seen)
-        vias = [
-            self._encoded(image) if place.caption is not None else None
-            for place, image in zip(places, shown, strict=True)
-        ]
         return [
-            None if found is None else self._text_candidate(place, link, prefix, found, via)
-            for place, prefix, found, via in zip(places, prefixes, written, vias, strict=True)
+            None if found is None else self._text_child(place, link, prefix, found, image)
+            for place, prefix, found, image in zip(places, prefixes, written, shown, strict=True)
         ]
 
-    def _text_candidate(self, place: _Place, link: int, prefix: str, written: Written, via: bytes | None) -> Candidate:
+    def _text_child(self, place: Place, link: int, prefix: str, written: Written, image: Image) -> Child:
+        """A child with its text; `image` is what the text describes."""
         composed = compose(without_label(prefix), written.words, place.sample)
         assert composed is not None  # `write_captions` gives up what cannot be composed
         tokens, head, tail = composed
         sample = dataclasses.replace(self._named(place, link, written.seed), tokens=tokens, head=head, tail=tail)
-        return Candidate(
-            sample,
-            _bytes_of(place.pair),
-            fill(prefix, place.sample, self.config.label_words),
-            written.text,
-            made=Given.TEXT.value,
-            via=via,
-        )
+        prompt = fill(prefix, place.sample, self.config.label_words)
+        candidate = Candidate(sample, _bytes_of(place.pair), prompt, written.text, made=Given.TEXT.value)
+        return Child(candidate, via=None if place.caption is None else self._encoded(image))
 
-    def _request(self, place: _Place, link: int, image: Image, prefix: str) -> Request:
+    def _request(self, place: Place, link: int, image: Image, prefix: str) -> Request:
         """The caption of a place's image; where images are given, siblings are those of every link."""
         texts = self.config.given is Given.IMAGE
 
@@ -173,55 +153,26 @@ class Links:
 
         return Request(image, fill(prefix, place.sample, self.config.label_words), place.sample.id, seed_of, text_of)
 
-    def _prefix(self, place: _Place, link: int) -> str:
+    def _prefix(self, place: Place, link: int) -> str:
         """The place's prefix, a template; siblings and links take turns."""
         prefixes = self.config.used_prefixes
         return prefixes[(place.child + link - 1) % len(prefixes)]
 
-    def _prompt(self, place: _Place) -> str:
+    def _prompt(self, place: Place) -> str:
         config = self.config
         if place.caption is None:
             return fill(config.first_prompt, place.sample, config.label_words)
         return fill(config.next_prompt, place.sample, config.label_words, place.caption)
 
-    def _image_seeds(self, places: Sequence[_Place], link: int) -> list[int]:
+    def _image_seeds(self, places: Sequence[Place], link: int) -> list[int]:
         return [seed_from(self.config.seed, place.sample.id, link, place.child, "image") for place in places]
 
-    def _named(self, place: _Place, link: int, seed: int) -> Sample:
+    def _named(self, place: Place, link: int, seed: int) -> Sample:
         origin = Provenance(place.sample.id, link, place.child, seed, self.models, place.source)
         return dataclasses.replace(place.sample, id=f"{place.sample.id}/{place.child}.{link}", provenance=origin)
 
-    def _encoded(self, image: Image) -> bytes:
-        return encode_image(image, self.config.image_format.value)
-
-    def _choose_sources(self, places: Sequence[_Place], children: Sequence[Candidate | None], link: int) -> None:
-        """Decide what each place's next child is made from.
-
-        Without a judge it is the place's own child. With one, the places of a real sample draw among its children with
-        weights exp(sharpness * added information), and a fresh start from the real sample with weight 1, which is what
-        a fresh child's weight is in expectation: E[q(y | both) / q(y | real)] = 1 over p(made | real).
-        """
-        alive = [child for child in children if child is not None]
-        if self.judge is None or not alive:
-            for place, child in zip(places, children, strict=True):
-                if child is None:
-                    place.start_again()
-                else:
-                    place.follow(child)
-            return
-        added = dict(zip((child.sample.id for child in alive), self.judge.added_nats(alive), strict=True))
-        siblings: dict[str, list[Candidate]] = {}
-        for child in alive:
-            siblings.setdefault(child.provenance.parent, []).append(child)
-        for place in places:
-            mine = siblings.get(place.sample.id, [])
-            weights = np.exp(self.config.sharpness * np.array([*(added[child.sample.id] for child in mine), 0.0]))
-            key = seed_from(self.config.seed, place.sample.id, link, place.child, "source")
-            chosen = int(rng(key).choice(len(weights), p=weights / weights.sum()))
-            if chosen == len(mine):
-                place.start_again()
-            else:
-                place.follow(mine[chosen])
+    def _encoded(self, image: Image) -> Future[bytes]:
+        return self.encoders.submit(_encode, image, self.config)
 
 
 def _image_of(pair: Pair) -> Image:
@@ -238,3 +189,12 @@ def _bytes_of(pair: Pair) -> bytes:
         return pair.image
     assert pair.image is not None  # `_image_of` has read it
     return pair.image.read_bytes()
+
+
+def _encode(image: Image, config: ChainConfig) -> bytes:
+    """The image, uint8 `(H, W, 3)`, as it stands in the store; the same image gives the same bytes."""
+    if config.image_format is ImageFormat.JPEG:
+        return encode_image(image, "jpeg", config.jpeg_quality)
+    buffer = io.BytesIO()
+    PilImage.fromarray(np.ascontiguousarray(image)).save(buffer, format="PNG", compress_level=config.png_level)
+    return buffer.getvalue()

@@ -117,23 +117,43 @@ class RelationModule(nn.Module):
         image_mask: Tensor,
     ) -> Tensor:
         """Logits (B, labels) from text inputs and patch states that are computed already."""
+        return self.fuse_features(
+            input_ids, attention_mask, head_index, tail_index, self.image_features(patches), image_mask
+        )
+
+    def image_features(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the fusion takes of images, whatever the pair.
+
+        Args:
+            patches: (B, P, image width).
+
+        Returns:
+            Keys and values (B, heads, P, width / heads), and the image as a whole (B, width).
+        """
+        keys, values = self._by_head(self.keys(patches)), self._by_head(self.values(patches))
+        pooled = torch.cat((patches[:, 0], patches.mean(1), patches.amax(1)), -1)
+        return keys, values, self.summary(pooled)
+
+    def fuse_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        head_index: Tensor,
+        tail_index: Tensor,
+        image: tuple[Tensor, Tensor, Tensor],
+        image_mask: Tensor,
+    ) -> Tensor:
+        """Logits (B, labels) from text inputs and what `image_features` gave."""
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         index = torch.stack((head_index, tail_index), 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
         pair = self.pair_norm(self.pair(torch.gather(states, 1, index).flatten(1)))
-        image = self._attend(pair, patches)
-        present = image_mask.unsqueeze(-1).to(image.dtype)
-        image = self.image_norm(present * image + (1 - present) * self.missing_image)
-        logits: Tensor = self.head(torch.cat((pair, image, pair * image), -1))
-        return logits
-
-    def _attend(self, pair: Tensor, patches: Tensor) -> Tensor:
-        """What the pair sees in the image: (B, width), (B, P, image width) -> (B, width)."""
-        keys, values = self._by_head(self.keys(patches)), self._by_head(self.values(patches))
+        keys, values, summary = image
         queries = self._by_head(pair.unsqueeze(1))
         attended = nn.functional.scaled_dot_product_attention(queries, keys, values).squeeze(2).flatten(1)
-        pooled = torch.cat((patches[:, 0], patches.mean(1), patches.amax(1)), -1)
-        seen: Tensor = attended + self.summary(pooled)
-        return seen
+        present = image_mask.unsqueeze(-1).to(attended.dtype)
+        seen = self.image_norm(present * (attended + summary) + (1 - present) * self.missing_image)
+        logits: Tensor = self.head(torch.cat((pair, seen, pair * seen), -1))
+        return logits
 
     def _by_head(self, states: Tensor) -> Tensor:
         """(B, P, width) -> (B, heads, P, width / heads)."""

@@ -11,6 +11,7 @@ A shard is the unit of commit and resume; `manifest.json` is written last, so a 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from mi2rage_engines.validation import first_problem
 from mi2rage_rt.files import atomic_bytes, atomic_text
 from mi2rage_rt.samples import Provenance, Sample, Span
 
-__all__ = ["Candidate", "StoreManifest", "StoreWriter", "is_store", "read_manifest", "read_store"]
+__all__ = ["Candidate", "StoreManifest", "StoreWriter", "is_store", "read_columns", "read_manifest", "read_store"]
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -167,6 +168,10 @@ def _settings_in(path: Path) -> dict[str, Any]:
     return settings
 
 
+def _record(path: Path) -> FileRecord:
+    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
+
+
 class StoreWriter:
     """Writes a store shard by shard; what is written stays, and a second run with the same settings goes on.
 
@@ -181,6 +186,7 @@ class StoreWriter:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.settings = settings
+        self._records: dict[str, FileRecord] = {}
         begun = folder / SETTINGS_NAME
         if begun.is_file():
             self._check_settings(_settings_in(begun))
@@ -210,11 +216,14 @@ class StoreWriter:
         return True
 
     def write(self, index: int, candidates: Sequence[Candidate]) -> None:
-        """Write shard `index`, whole or not at all."""
+        """Write shard `index`, whole or not at all; shards may be written from several threads at once."""
         table = pa.Table.from_pylist([_row(candidate) for candidate in candidates], schema=_SCHEMA)
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, compression="zstd")
-        atomic_bytes(self._shard(index), buffer.getvalue().to_pybytes())
+        content = buffer.getvalue().to_pybytes()
+        path = self._shard(index)
+        atomic_bytes(path, content)
+        self._records[path.name] = FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
     def finish(self, shards: int) -> StoreManifest:
         """Write the manifest over shards 0 to `shards` - 1, all of which are written."""
@@ -223,7 +232,7 @@ class StoreWriter:
             schema_version=SCHEMA_VERSION,
             settings=self.settings,
             rows=sum(pq.read_metadata(path).num_rows for path in paths),
-            shards={path.name: FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size) for path in paths},
+            shards={path.name: self._records.get(path.name) or _record(path) for path in paths},
         )
         with atomic_text(self.folder / MANIFEST_NAME) as file:
             file.write(manifest.model_dump_json(indent=2) + "\n")
@@ -271,3 +280,13 @@ def read_store(folder: Path) -> Iterator[Candidate]:
             raise DataError(f"{path}: is missing or was changed since the store was written; make the store again")
         for row in pq.read_table(path).to_pylist():
             yield _candidate(row)
+
+
+def read_columns(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a finished store, a dict for each row, in order; the images are not read for it.
+
+    Raises:
+        DataError: the store is not finished.
+    """
+    manifest = read_manifest(folder)
+    return [row for name in manifest.shards for row in pq.read_table(folder / name, columns=list(names)).to_pylist()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from mi2rage_export.families.captioning import (
     decoder_reference,
     split_heads,
     stacked_cache,
+    static_decoder_graph,
     vision_graph,
     write_captioner,
 )
@@ -60,7 +63,7 @@ class BlipDecoder(nn.Module):
     """BLIP's text decoder with its state as tensors; past length 0 is the prefill, so one graph serves every step.
 
     input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), cross_keys, cross_values
-    (layers, B, heads, patches, size) -> logits (B, T, vocabulary), present_keys, present_values
+    (layers, B, heads, patches, size) -> logits (B, 1, vocabulary) of the last position, present_keys, present_values
     (layers, B, heads, P + T, size).
     """
 
@@ -77,34 +80,69 @@ class BlipDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         past, length = past_keys.shape[3], input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device) + past
+        places = torch.arange(past + length, device=input_ids.device)
+
+        def extended(past_states: Tensor, states: Tensor) -> Tensor:
+            return torch.cat((past_states, states), 2)
+
+        return self._decode(
+            input_ids, positions, places, extended, (past_keys, past_values), (cross_keys, cross_values)
+        )
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        extended: Callable[[Tensor, Tensor], Tensor],
+        past: tuple[Tensor, Tensor],
+        cross: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers; ids stand at `positions` (T,), keys at `places`; `extended` adds a layer's new to its past."""
         # Built from ids, not from a slice of the position buffer: a slice from 0 would be traced as a special case.
         states = self.embeddings(input_ids, position_ids=positions.unsqueeze(0))
-        hidden = torch.arange(past + length, device=input_ids.device) > positions.unsqueeze(1)
+        hidden = places > positions.unsqueeze(1)
         mask = torch.zeros_like(hidden, dtype=states.dtype).masked_fill(hidden, torch.finfo(states.dtype).min)
         keys, values = [], []
         for index, layer in enumerate(self.layers):
             block: Any = layer
-            states, own_keys, own_values = self._own(block, states, past_keys[index], past_values[index], mask)
-            states = self._cross(block, states, cross_keys[index], cross_values[index])
+            attention = block.attention.self
+            keys.append(extended(past[0][index], split_heads(attention.key(states), self.heads)))
+            values.append(extended(past[1][index], split_heads(attention.value(states), self.heads)))
+            context = _attend(split_heads(attention.query(states), self.heads), keys[-1], values[-1], mask)
+            states = block.attention.output(context, states)
+            states = self._cross(block, states, cross[0][index], cross[1][index])
             states = block.feed_forward_chunk(states)
-            keys.append(own_keys)
-            values.append(own_values)
-        return self.head(states), torch.stack(keys), torch.stack(values)
-
-    def _own(
-        self, layer: Any, states: Tensor, past_keys: Tensor, past_values: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attention = layer.attention.self
-        keys = torch.cat((past_keys, split_heads(attention.key(states), self.heads)), 2)
-        values = torch.cat((past_values, split_heads(attention.value(states), self.heads)), 2)
-        context = _attend(split_heads(attention.query(states), self.heads), keys, values, mask)
-        return layer.attention.output(context, states), keys, values
+        return self.head(states[:, -1:]), torch.stack(keys), torch.stack(values)
 
     def _cross(self, layer: Any, states: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         attention = layer.crossattention
         context = _attend(split_heads(attention.self.query(states), self.heads), keys, values, None)
         output: Tensor = attention.output(context, states)
         return output
+
+
+class BlipStaticDecoder(BlipDecoder):
+    """The decoder with a cache of fixed length, see `captioning.static_decoder_graph`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        cross_keys: Tensor,
+        cross_values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
+        places = torch.arange(past_keys.shape[3], device=input_ids.device)
+
+        def extended(past_states: Tensor, states: Tensor) -> Tensor:
+            return past_states.index_copy(2, positions, states)
+
+        return self._decode(
+            input_ids, positions, places, extended, (past_keys, past_values), (cross_keys, cross_values)
+        )
 
 
 def _shape(captioner: TorchCaptioner) -> CaptionShape:
@@ -138,6 +176,13 @@ def _graphs(captioner: TorchCaptioner) -> tuple[Graph, ...]:
     )
 
 
+def _static_cache(captioner: TorchCaptioner) -> Graph:
+    """`decoder_static`; with weights of its own, for its precision is its own affair."""
+    model = captioner.module
+    reference = decoder_reference(model.text_decoder, int(model.config.vision_config.hidden_size))
+    return static_decoder_graph(copy.deepcopy(BlipStaticDecoder(model)), _shape(captioner), reference)
+
+
 def _write(folder: Path, captioner: TorchCaptioner) -> dict[str, Any]:
     """The tokenizer; returns the manifest's fields."""
     return write_captioner(folder, captioner, _shape(captioner))
@@ -149,4 +194,5 @@ FAMILY = Family(
     fits=lambda model: model.module.config.model_type == "blip",
     graphs=_graphs,
     write=_write,
+    static_cache=_static_cache,
 )

@@ -22,8 +22,10 @@ __all__ = [
     "decoder_graph",
     "decoder_reference",
     "filled_cache",
+    "placed_cache",
     "split_heads",
     "stacked_cache",
+    "static_decoder_graph",
     "vision_graph",
     "write_captioner",
 ]
@@ -70,6 +72,34 @@ def filled_cache(keys: Tensor, values: Tensor) -> Any:
     return cache
 
 
+def placed_cache(keys: Tensor, values: Tensor, positions: Tensor) -> Any:
+    """A cache of fixed length that holds keys and values, each (layers, B, heads, length, size).
+
+    What a decoder adds is written over what stands at `positions`, int64 (T,); the first of them counts as what is
+    past, so that decoders number their positions from there.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class PlacedLayer(DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys = self.keys.index_copy(2, positions, key_states)
+            self.values = self.values.index_copy(2, positions, value_states)
+            return self.keys, self.values
+
+        def get_seq_length(self) -> Tensor:
+            return positions[0]
+
+    cache = DynamicCache()
+    for own_keys, own_values in zip(keys, values, strict=True):
+        layer = PlacedLayer()
+        layer.keys, layer.values, layer.is_initialized = own_keys, own_values, True
+        cache.layers.append(layer)
+    return cache
+
+
 def stacked_cache(cache: Any) -> tuple[Tensor, Tensor]:
     """The keys and the values of a `DynamicCache`, each (layers, B, heads, length, size)."""
     return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
@@ -92,7 +122,10 @@ def vision_graph(
 
 
 def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..., tuple[Tensor, ...]]) -> Graph:
-    """One graph for the prefill (past length 0) and every step; its tensors as `CaptionerSpec` has them."""
+    """One graph for the prefill (past length 0) and every step; its tensors as `CaptionerSpec` has them.
+
+    Its logits are those of the last position alone: of a prefill nothing else is asked, and a vocabulary is wide.
+    """
     past, limit = shape.state("past"), shape.positions
     return Graph(
         name="captioner/decoder",
@@ -105,7 +138,7 @@ def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..
             Input("cross_values", "float32", shape.cross, NORMAL),
         ),
         outputs=outputs_from(
-            logits=("batch", "sequence", shape.vocabulary),
+            logits=("batch", 1, shape.vocabulary),
             present_keys=shape.state("present"),
             present_values=shape.state("present"),
         ),
@@ -138,9 +171,63 @@ def decoder_reference(decoder: Any, encoder_width: int) -> Callable[..., tuple[T
         # Their values are not read: the cache holds what the cross-attention would make of them.
         unused = torch.zeros(len(input_ids), cross_keys.shape[3], encoder_width, device=input_ids.device)
         output = decoder(input_ids, encoder_hidden_states=unused, past_key_values=cache, use_cache=True)
-        return output.logits, *stacked_cache(output.past_key_values.self_attention_cache)
+        return output.logits[:, -1:], *stacked_cache(output.past_key_values.self_attention_cache)
 
     return reference
+
+
+_LENGTHS = (8, 32, 64)
+"""Smallest, usual and largest room of a static cache; what is written of a caption is mostly below 32."""
+_PLACED_BELOW = 4
+"""Parity cases begin at positions below."""
+
+
+def static_decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..., tuple[Tensor, ...]]) -> Graph:
+    """The decoder with a cache of fixed length, which holds the past up to `position` and is given back with the new.
+
+    Every step has the same shapes, so that a CUDA graph of one can be replayed for all.
+
+    Args:
+        module: input_ids int64 (B, T), position int64 (1,), past_keys, past_values (layers, B, heads, length, size),
+            cross_keys, cross_values -> logits (B, 1, vocabulary), present_keys, present_values, of the past's shape.
+        reference: of `decoder_graph`.
+    """
+    state, limit = shape.state("length"), shape.positions
+    least, usual, most = (min(length, limit) for length in _LENGTHS)
+
+    def placed(
+        input_ids: Tensor, position: Tensor, past_keys: Tensor, past_values: Tensor, *cross: Tensor
+    ) -> tuple[Tensor, ...]:
+        start, end = int(position), int(position) + input_ids.shape[1]
+        logits, keys, values = reference(input_ids, past_keys[..., :start, :], past_values[..., :start, :], *cross)
+        keys = torch.cat((keys, past_keys[..., end:, :]), 3)
+        return logits, keys, torch.cat((values, past_values[..., end:, :]), 3)
+
+    return Graph(
+        name="captioner/decoder_static",
+        module=module,
+        inputs=(
+            Input("input_ids", "int64", ("batch", "sequence"), below(shape.vocabulary)),
+            Input("position", "int64", (1,), below(min(_PLACED_BELOW, least - 2))),
+            Input("past_keys", "float32", state, NORMAL),
+            Input("past_values", "float32", state, NORMAL),
+            Input("cross_keys", "float32", shape.cross, NORMAL),
+            Input("cross_values", "float32", shape.cross, NORMAL),
+        ),
+        outputs=outputs_from(logits=("batch", 1, shape.vocabulary), present_keys=state, present_values=state),
+        reference=placed,
+        traced={"batch": 2, "sequence": 3, "length": 7},
+        checked=(
+            {"batch": 1, "sequence": 1, "length": least},
+            {"batch": 3, "sequence": min(5, usual - _PLACED_BELOW), "length": usual},
+            {"batch": 2, "sequence": 1, "length": most},
+        ),
+        axes={
+            "batch": AxisRange(min=1, opt=8, max=32),
+            "sequence": AxisRange(min=1, opt=1, max=min(32, limit)),
+            "length": AxisRange(min=least, opt=usual, max=limit),
+        },
+    )
 
 
 def write_captioner(folder: Path, captioner: TorchCaptioner, shape: CaptionShape) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Family:
         fits: whether a loaded model (`TorchGenerator`, `TorchCaptioner`, `LoadedClassifier`) is of the family.
         graphs: its graphs; refuses a member that the runtime could not run, before anything is traced.
         write: writes everything but the graphs into the component's folder, and returns the manifest's fields.
+        static_cache: a captioner's `decoder_static`, on demand.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Family:
     fits: Callable[[Any], bool]
     graphs: Callable[[Any], tuple[Graph, ...]]
     write: Callable[[Path, Any], dict[str, Any]]
+    static_cache: Callable[[Any], Graph] | None = None

@@ -6,6 +6,8 @@ that what a decoder does with its heads and positions stays its own affair.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,10 @@ from mi2rage_export.families.captioning import (
     decoder_graph,
     decoder_reference,
     filled_cache,
+    placed_cache,
     split_heads,
     stacked_cache,
+    static_decoder_graph,
     vision_graph,
     write_captioner,
 )
@@ -74,36 +78,96 @@ class DecoderWithCache(nn.Module):
     """Any decoder of transformers with cross-attention, its caches as tensors.
 
     input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), cross_keys, cross_values
-    (layers, B, heads, patches, size) -> logits (B, T, vocabulary), present_keys, present_values
+    (layers, B, heads, patches, size) -> logits (B, 1, vocabulary) of the last position, present_keys, present_values
     (layers, B, heads, P + T, size).
     """
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
+        # Where the decoder itself can leave the other positions out, it saves them the vocabulary's product.
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.forward).parameters else {}
 
     def forward(
         self, input_ids: Tensor, past_keys: Tensor, past_values: Tensor, cross_keys: Tensor, cross_values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        past, length = past_keys.shape[3], input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device) + past
+        places = torch.arange(past + length, device=input_ids.device)
+        return self._decode(
+            input_ids, positions, places, filled_cache(past_keys, past_values), filled_cache(cross_keys, cross_values)
+        )
+
+    def _decode(
+        self, input_ids: Tensor, positions: Tensor, places: Tensor, own: Any, cross: Any, **more: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids stand at `positions` (T,), the keys in the decoder's own cache at `places`."""
         from transformers.cache_utils import EncoderDecoderCache
 
-        past, length = past_keys.shape[3], input_ids.shape[1]
+        cross_keys = cross.layers[0].keys
         # Given to the decoder, not left to it: transformers chooses between masks by sizes, and a trace would keep
         # what it chose for the sizes it saw.
-        positions = torch.arange(length, device=input_ids.device) + past
-        hidden = torch.arange(past + length, device=input_ids.device) > positions.unsqueeze(1)
-        mask = torch.zeros_like(hidden, dtype=past_keys.dtype).masked_fill(hidden, torch.finfo(past_keys.dtype).min)
+        hidden = places > positions.unsqueeze(1)
+        mask = torch.zeros_like(hidden, dtype=cross_keys.dtype).masked_fill(hidden, torch.finfo(cross_keys.dtype).min)
         output = self.decoder(
             input_ids,
             attention_mask=mask.expand(input_ids.shape[0], 1, -1, -1),
             # Only its shape is looked at, the cache holds what would be made of it.
-            encoder_hidden_states=cross_keys[0].transpose(1, 2).flatten(2),
-            past_key_values=EncoderDecoderCache(
-                filled_cache(past_keys, past_values), filled_cache(cross_keys, cross_values)
-            ),
+            encoder_hidden_states=cross_keys.transpose(1, 2).flatten(2),
+            past_key_values=EncoderDecoderCache(own, cross),
             use_cache=True,
+            **self._last,
+            **more,
         )
-        return output.logits, *stacked_cache(output.past_key_values.self_attention_cache)
+        return output.logits[:, -1:], *stacked_cache(output.past_key_values.self_attention_cache)
+
+
+class _PlacedPositions(nn.Module):
+    """TrOCR's learned positions, counted on from a tensor; its own forward would read the tensor as a number."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor, past_key_values_length: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + past_key_values_length
+        states: Tensor = self.table(input_ids, position_ids=positions)
+        return states
+
+
+class StaticDecoderWithCache(DecoderWithCache):
+    """The decoder with a cache of fixed length, see `captioning.static_decoder_graph`.
+
+    Args:
+        decoder: belongs to this module from now on.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__(decoder)
+        kind = decoder.config.model_type
+        self._takes_positions = kind in ("gpt2", "bert")
+        if kind == "trocr" and decoder.config.use_learned_position_embeddings:
+            inner = decoder.model.decoder
+            inner.embed_positions = _PlacedPositions(inner.embed_positions)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        past_keys: Tensor,
+        past_values: Tensor,
+        cross_keys: Tensor,
+        cross_values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
+        return self._decode(
+            input_ids,
+            positions,
+            torch.arange(past_keys.shape[3], device=input_ids.device),
+            placed_cache(past_keys, past_values, positions),
+            filled_cache(cross_keys, cross_values),
+            **({"position_ids": positions.unsqueeze(0)} if self._takes_positions else {}),
+        )
 
 
 def _shape(captioner: TorchCaptioner) -> CaptionShape:
@@ -141,6 +205,13 @@ def _graphs(captioner: TorchCaptioner) -> tuple[Graph, ...]:
     )
 
 
+def _static_cache(captioner: TorchCaptioner) -> Graph:
+    """`decoder_static`; with weights of its own, for its precision is its own affair."""
+    decoder = captioner.module.decoder
+    reference = decoder_reference(decoder, int(decoder.config.hidden_size))
+    return static_decoder_graph(StaticDecoderWithCache(copy.deepcopy(decoder)), _shape(captioner), reference)
+
+
 def _write(folder: Path, captioner: TorchCaptioner) -> dict[str, Any]:
     """The tokenizer; returns the manifest's fields."""
     return write_captioner(folder, captioner, _shape(captioner))
@@ -152,4 +223,5 @@ FAMILY = Family(
     fits=lambda model: model.module.config.model_type == "vision-encoder-decoder",
     graphs=_graphs,
     write=_write,
+    static_cache=_static_cache,
 )

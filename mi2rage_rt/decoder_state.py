@@ -1,0 +1,188 @@
+"""A captioner's decoder between two tokens: what is past, and what it sees of the images, kept where it computes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mi2rage_engines.engine import Array, DeviceArray, Engine
+from mi2rage_engines.errors import EngineError
+from mi2rage_engines.spec import CaptionerSpec
+
+__all__ = ["CROSS", "DecoderState", "GrowingState", "StaticState", "is_on_host", "room_for"]
+
+CROSS = ("cross_keys", "cross_values")
+_PAST = {"past_keys": "present_keys", "past_values": "present_values"}
+_ROOM_STEP = 8
+"""Static caches come in so many sizes fewer: each size is a CUDA graph, or a plan's shape, of its own."""
+
+
+class DecoderState(abc.ABC):
+    """Rows of captions on their way; only logits come to the host.
+
+    Args:
+        engine: the decoder graph.
+        past: keys and values of what is past, `(layers, rows, heads, length, size)`.
+        cross: keys and values of the images, `(layers, rows, heads, patches, size)`.
+        on_host: the engine computes in the host's memory, where rows are dropped without a copy to a device and back.
+
+    Attributes:
+        rows: captions that the decoder writes.
+    """
+
+    def __init__(
+        self, engine: Engine, past: Mapping[str, Array], cross: Mapping[str, Array | DeviceArray], *, on_host: bool
+    ) -> None:
+        self._engine = engine
+        self._on_host = on_host
+        self._past = {name: engine.put(array, name) for name, array in past.items()}
+        self._cross = {name: self._taken(array, name) for name, array in cross.items()}
+        self.rows = int(self._past["past_keys"].shape[1])
+
+    def _taken(self, array: Array | DeviceArray, name: str) -> DeviceArray:
+        """What another graph gave, as this one takes it: vision and decoder may be of different precisions."""
+        wanted = next(tensor.dtype for tensor in self._engine.inputs if tensor.name == name)
+        if isinstance(array, np.ndarray) or array.dtype != np.dtype(wanted):
+            return self._engine.put(np.asarray(array if isinstance(array, np.ndarray) else array.numpy()), name)
+        return array
+
+    @abc.abstractmethod
+    def _call(self, ids: NDArray[np.int64]) -> DeviceArray:
+        """Run the decoder, move what is past on, and return the logits."""
+
+    @abc.abstractmethod
+    def worth_dropping(self, left: int) -> bool:
+        """Whether it pays to drop finished rows where `left` go on."""
+
+    def advance(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run the decoder on `ids` `(rows, L)` and return the logits of the last position, `(rows, V)`.
+
+        Raises:
+            EngineError: the graph failed, or gave NaN.
+        """
+        logits: NDArray[np.float32] = self._call(ids).numpy()[:, -1].astype(np.float32, copy=False)
+        if np.isnan(logits.max(initial=-np.inf)):
+            raise EngineError(
+                f"{self._engine.name}: the logits hold NaN; the graph's precision is too low for this model; "
+                "export it in a higher one"
+            )
+        return logits
+
+    def reorder(self, origin: NDArray[np.int64]) -> None:
+        """Row i goes on from what was row `origin[i]`, of the same image; as many rows as before."""
+        if not np.array_equal(origin, np.arange(self.rows)):
+            self._past = self._gathered(self._past, origin)
+
+    def keep(self, origin: NDArray[np.int64]) -> None:
+        """Row i goes on from what was row `origin[i]`; fewer rows, or more."""
+        self._past, self._cross = self._gathered(self._past, origin), self._gathered(self._cross, origin)
+        self.rows = len(origin)
+
+    def _gathered(self, arrays: dict[str, DeviceArray], origin: NDArray[np.int64]) -> dict[str, DeviceArray]:
+        return {name: self._engine.put(array.numpy()[:, origin], name) for name, array in arrays.items()}
+
+
+class GrowingState(DecoderState):
+    """With the graph `decoder`: the past grows with each token.
+
+    Args:
+        engine, cross, on_host: see `DecoderState`.
+        spec: the captioner's.
+        rows: captions to write.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        cross: Mapping[str, Array | DeviceArray],
+        spec: CaptionerSpec,
+        rows: int,
+        *,
+        on_host: bool,
+    ) -> None:
+        super().__init__(engine, _zeros(engine, spec, rows, 0), cross, on_host=on_host)
+
+    def _call(self, ids: NDArray[np.int64]) -> DeviceArray:
+        outputs = self._engine.call({"input_ids": ids, **self._past, **self._cross})
+        self._past = {past: outputs[present] for past, present in _PAST.items()}
+        return outputs["logits"]
+
+    def worth_dropping(self, left: int) -> bool:
+        # A drop on a device is a way there and back, dearer than some rows for nothing.
+        return left < self.rows if self._on_host else 2 * left <= self.rows
+
+
+class StaticState(DecoderState):
+    """With the graph `decoder_static`: room for the whole caption from the start, the same shapes at every step.
+
+    Two buffers take turns, so that each step's addresses are those of the one before the last: a CUDA graph can be
+    replayed. Rows are not dropped, which would be another shape.
+
+    Args:
+        engine, cross, on_host: see `DecoderState`.
+        spec: the captioner's.
+        rows: captions to write.
+        room: ids that are fed to the decoder at most, see `room_for`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        cross: Mapping[str, Array | DeviceArray],
+        spec: CaptionerSpec,
+        rows: int,
+        room: int,
+        *,
+        on_host: bool,
+    ) -> None:
+        super().__init__(engine, _zeros(engine, spec, rows, room), cross, on_host=on_host)
+        self._into = self._second_buffers()
+        self._position = 0
+
+    def _call(self, ids: NDArray[np.int64]) -> DeviceArray:
+        position = np.array([self._position], dtype=np.int64)
+        inputs: dict[str, Array | DeviceArray] = {
+            "input_ids": ids,
+            "position": position,
+            **self._past,
+            **self._cross,
+        }
+        outputs = self._engine.call(inputs, self._into)
+        self._position += ids.shape[1]
+        logits = self._into.get("logits", outputs["logits"])
+        written, self._into = self._into, {present: self._past[past] for past, present in _PAST.items()}
+        self._past = {past: written[present] for past, present in _PAST.items()}
+        self._into["logits"] = logits
+        return logits
+
+    def worth_dropping(self, left: int) -> bool:
+        return False
+
+    def keep(self, origin: NDArray[np.int64]) -> None:
+        super().keep(origin)
+        self._into = self._second_buffers()
+
+    def _second_buffers(self) -> dict[str, DeviceArray]:
+        zeros = {name: np.zeros(array.shape, array.dtype) for name, array in self._past.items()}
+        return {_PAST[name]: self._engine.put(array, name) for name, array in zeros.items()}
+
+
+def is_on_host(engine: Engine) -> bool:
+    """Whether what an engine keeps lies in the host's memory."""
+    return getattr(engine, "device", "cpu") == "cpu"
+
+
+def room_for(fed: int, spec: CaptionerSpec) -> int:
+    """The length of a static cache that holds `fed` ids, within what the graph was exported for."""
+    room = -(-fed // _ROOM_STEP) * _ROOM_STEP
+    known = spec.graphs["decoder_static"].axes.get("length")
+    return room if known is None else max(known.min, min(room, known.max))
+
+
+def _zeros(engine: Engine, spec: CaptionerSpec, rows: int, length: int) -> dict[str, Array]:
+    dtype = next(tensor.dtype for tensor in engine.inputs if tensor.name == "past_keys")
+    shape = (spec.layers, rows, spec.heads, length, spec.head_size)
+    return {name: np.zeros(shape, dtype=dtype) for name in _PAST}
