@@ -52,8 +52,9 @@ def _spec_from_node(node: Any) -> TensorSpec:
     return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=shape)
 
 
-def _options(ort: Any, threads: int) -> Any:
+def _options(ort: Any, threads: int, arena: bool) -> Any:
     options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -105,13 +106,22 @@ class OrtEngine:
         path: the `.onnx` file; external data lies beside it.
         providers: execution providers in order of preference; by default `default_providers()`.
         threads: CPU threads of one operator; by default the cores this process may use.
+        arena: whether the CPU's memory is kept for the next run, planned by shape; without it runs are slower, and sizes
+            that differ from run to run leave nothing behind.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         EngineError: a provider is not available, or the file cannot be loaded.
     """
 
-    def __init__(self, path: Path | str, *, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        arena: bool = True,
+    ) -> None:
         ort = require("onnxruntime", "cpu")
         self._path = Path(path)
         chosen = tuple(providers) if providers else default_providers()
@@ -127,7 +137,7 @@ class OrtEngine:
         try:
             self._session = ort.InferenceSession(
                 str(self._path),
-                sess_options=_options(ort, threads or usable_cores()),
+                sess_options=_options(ort, threads or usable_cores(), arena),
                 providers=[_with_options(provider) for provider in chosen],
             )
         except Exception as error:  # the binding has a class for each status code and no common base

@@ -82,7 +82,10 @@ def _check_graph(bundle: Bundle, name: str, spec: GraphSpec, references: Referen
 def _opener(
     manifest: Manifest, folder: Path, scratch: Path, providers: Sequence[str] | None, threads: int | None
 ) -> Callable[[Path], Engine]:
-    """What loads a graph. ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights."""
+    """What loads a graph. ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights.
+
+    Without an arena: it would keep what the largest of many sizes took, a third of the peak of memory.
+    """
     chosen = tuple(providers or default_providers())
     on_cpu = chosen[0] == "CPUExecutionProvider"
     widened = {folder / graph.file for graph in manifest.graphs.values() if graph.precision == "bf16" and on_cpu}
@@ -95,7 +98,7 @@ def _opener(
             if not copy.exists():
                 widen_bfloat16(file, copy)
             file = copy
-        return OrtEngine(file, providers=chosen, threads=threads)
+        return OrtEngine(file, providers=chosen, threads=threads, arena=False)
 
     return open_engine
 
