@@ -52,9 +52,11 @@ def _spec_from_node(node: Any) -> TensorSpec:
     return TensorSpec(name=node.name, dtype=_DTYPES.get(node.type, node.type), shape=shape)
 
 
-def _options(ort: Any, threads: int, arena: bool) -> Any:
+def _options(ort: Any, threads: int, frugal: bool) -> Any:
     options = ort.SessionOptions()
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = not frugal
+    # Packed weights are copies: those that lie beside a graph are mapped, and shared, as long as nobody packs them.
+    options.add_session_config_entry("session.disable_prepacking", str(int(frugal)))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -106,8 +108,8 @@ class OrtEngine:
         path: the `.onnx` file; external data lies beside it.
         providers: execution providers in order of preference; by default `default_providers()`.
         threads: CPU threads of one operator; by default the cores this process may use.
-        arena: whether the CPU's memory is kept for the next run, planned by shape; without it runs are slower, and sizes
-            that differ from run to run leave nothing behind.
+        frugal: take as little memory as can be on the CPU, at the price of slower runs: weights are not packed, which
+            is a second copy of most, and what one run took is not kept for the next.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -120,7 +122,7 @@ class OrtEngine:
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
-        arena: bool = True,
+        frugal: bool = False,
     ) -> None:
         ort = require("onnxruntime", "cpu")
         self._path = Path(path)
@@ -137,7 +139,7 @@ class OrtEngine:
         try:
             self._session = ort.InferenceSession(
                 str(self._path),
-                sess_options=_options(ort, threads or usable_cores(), arena),
+                sess_options=_options(ort, threads or usable_cores(), frugal),
                 providers=[_with_options(provider) for provider in chosen],
             )
         except Exception as error:  # the binding has a class for each status code and no common base

@@ -27,7 +27,7 @@ from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.noise import seed_from
 
 if TYPE_CHECKING:
-    from mi2rage_export.reference import References
+    from mi2rage_export.reference import CaptionerReference, References
 
 __all__ = ["check_bundle", "check_in_process"]
 
@@ -84,7 +84,7 @@ def _opener(
 ) -> Callable[[Path], Engine]:
     """What loads a graph. ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights.
 
-    Without an arena: it would keep what the largest of many sizes took, a third of the peak of memory.
+    Frugal: the largest of many sizes decides the peak of memory, and no time is measured here.
     """
     chosen = tuple(providers or default_providers())
     on_cpu = chosen[0] == "CPUExecutionProvider"
@@ -98,7 +98,7 @@ def _opener(
             if not copy.exists():
                 widen_bfloat16(file, copy)
             file = copy
-        return OrtEngine(file, providers=chosen, threads=threads, arena=False)
+        return OrtEngine(file, providers=chosen, threads=threads, frugal=True)
 
     return open_engine
 
@@ -109,8 +109,18 @@ def _check_component(bundle: Bundle, role: str, references: References) -> list[
     if role == "generator":
         return parity.check_generator(bundle.generator(), reference, bundle.folder, precision)
     if role == "captioner":
-        return parity.check_captioner(bundle.captioner(), reference, precision)
+        return _check_captions(bundle, reference, precision)
     return parity.check_classifier(bundle.classifier(), reference, bundle.folder, precision)
+
+
+def _check_captions(bundle: Bundle, reference: CaptionerReference, precision: Precision) -> list[ParityRecord]:
+    from mi2rage_rt.captioner import CaptionOptions
+
+    records = parity.check_captioner(bundle.captioner(), reference, precision)
+    if "captioner/decoder_static" in bundle.manifest.graphs:
+        static = bundle.captioner(CaptionOptions(static_cache=True))
+        records += parity.check_captioner(static, reference, precision, "captioner/decoder_static")
+    return records
 
 
 def _precision(bundle: Bundle, role: str) -> Precision:
