@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mi2rage_engines.bundle import Manifest, open_manifest
 from mi2rage_engines.engine import Engine
 from mi2rage_engines.errors import BundleError
+from mi2rage_engines.open_engine import EngineOpener
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import GraphSpec
 
@@ -26,7 +27,8 @@ S = TypeVar("S")
 class Bundle:
     """A whole bundle; graphs are loaded when their component is asked for, and belong to the caller then.
 
-    Use `Bundle.open`, with or without a `with` block.
+    Use `Bundle.open`, with or without a `with` block. One object may be used from several threads at once: nothing in
+    it changes, and each call loads a component of its own.
 
     Args:
         folder: the bundle.
@@ -40,23 +42,40 @@ class Bundle:
         self.open_engine = open_engine
 
     @classmethod
-    def open(cls, path: Path | str, *, providers: Sequence[str] | None = None, threads: int | None = None) -> Bundle:
+    def open(
+        cls,
+        path: Path | str,
+        backend: str = "auto",
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        device_memory_limit_bytes: int | None = None,
+    ) -> Bundle:
         """Check a bundle's manifest and every file of it.
 
         Args:
             path: the folder that `mi2rage-rt export` wrote.
-            providers: ONNX Runtime's, in order of preference; by default CUDA where it is there, then the CPU.
+            backend: what runs the graphs, see `mi2rage_engines.backend.BackendName`; `auto` takes the best that can run
+                each, and logs at level INFO which that is and why.
+            providers: ONNX Runtime's, in order of preference, in place of a backend.
             threads: CPU threads of one operator; by default the cores this process may use.
+            device_memory_limit_bytes: what each graph on ONNX Runtime's CUDA may take.
 
         Raises:
             BundleError: the bundle is not whole, was changed, or is of another schema version.
+            InputError: the backend is unknown, lacks a package or a GPU, or came with providers.
         """
         folder = Path(path)
-
-        def open_engine(file: Path) -> Engine:
-            return OrtEngine(file, providers=providers, threads=threads)
-
-        return cls(folder, open_manifest(folder), open_engine)
+        manifest = open_manifest(folder)
+        opener = EngineOpener(
+            folder,
+            manifest,
+            backend,
+            providers=providers,
+            threads=threads,
+            device_memory_limit_bytes=device_memory_limit_bytes,
+        )
+        return cls(folder, manifest, opener)
 
     def __enter__(self) -> Bundle:
         return self
@@ -76,7 +95,7 @@ class Bundle:
 
         Raises:
             BundleError: the bundle has no generator.
-            MissingExtraError: onnxruntime is not installed.
+            InputError: nothing here can run a graph, or not what was asked for; the message says what is missing.
             EngineError: a graph cannot be loaded.
         """
         from mi2rage_rt.generator import RuntimeGenerator, graphs_to_load
@@ -89,12 +108,16 @@ class Bundle:
 
     def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
         """Image to text. Raises as `generator`."""
-        from mi2rage_rt.captioner import RuntimeCaptioner
+        from mi2rage_rt.captioner import RuntimeCaptioner, graphs_to_load
+        from mi2rage_rt.decoder_state import is_on_host
         from mi2rage_rt.text import PlainTokenizer
 
         spec = self._component("captioner", self.manifest.captioner)
         tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
-        return RuntimeCaptioner(spec, self._engines(spec.graphs), tokenizer, options)
+        engines = self._engines({"vision": spec.graphs["vision"]})
+        graphs = graphs_to_load(spec, options, on_host=is_on_host(engines["vision"]))
+        engines |= self._engines({name: graph for name, graph in graphs.items() if name not in engines})
+        return RuntimeCaptioner(spec, engines, tokenizer, options)
 
     def classifier(self, batch_size: int = 32) -> RuntimeClassifier:
         """The relation classifier. Raises as `generator`."""

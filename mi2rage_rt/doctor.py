@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mi2rage_engines.errors import BundleError, MissingExtraError, require
+from mi2rage_engines.bundle import Manifest
+from mi2rage_engines.errors import BundleError, InputError, MissingExtraError, require
+from mi2rage_engines.open_engine import EngineOpener
 from mi2rage_engines.ort_engine import usable_cores
 from mi2rage_rt.extras import extras, version_of
 
@@ -75,7 +77,20 @@ def examine_bundle(folder: Path) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in manifest.files.values()),
         "tool_versions": dict(manifest.tool_versions),
         "parity": [record.model_dump() for record in manifest.parity],
+        "backends": _backends(folder, manifest),
     }
+
+
+def _backends(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """For each graph what `--backend auto` would run it on, and why."""
+    opener = EngineOpener(folder, manifest)
+    sentences = {}
+    for name in manifest.graphs:
+        try:
+            sentences[name] = opener.choice(name).sentence
+        except InputError as error:
+            sentences[name] = str(error)
+    return sentences
 
 
 def _warnings(packages: dict[str, str | None], gpus: list[dict[str, str]], providers: list[str]) -> list[str]:
@@ -162,6 +177,10 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
         f"bundle      {bundle['path']}: whole, {bundle['files']} files, {bundle['bytes'] / 1e6:.1f} MB, "
         f"{bundle['precision']}, {', '.join(bundle['components'])}"
     ]
+    by_sentence: dict[str, list[str]] = {}
+    for name, sentence in bundle["backends"].items():
+        by_sentence.setdefault(sentence, []).append(name)
+    lines += [f"  backend   {', '.join(names)}: {sentence}" for sentence, names in by_sentence.items()]
     for record in bundle["parity"]:
         if record["threshold"] is None:
             continue

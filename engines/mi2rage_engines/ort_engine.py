@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ import numpy as np
 
 from mi2rage_engines.engine import NOTHING, Array, DeviceArray, check_buffer, checked_array, checked_inputs
 from mi2rage_engines.errors import EngineError, require
+from mi2rage_engines.plan_cache import default_cache_folder
 from mi2rage_engines.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -67,11 +70,37 @@ def _options(ort: Any, threads: int, frugal: bool) -> Any:
     return options
 
 
-def _with_options(provider: str) -> str | tuple[str, dict[str, str]]:
+def _with_options(provider: str, path: Path, limit_bytes: int | None) -> str | tuple[str, dict[str, str]]:
     if provider == "CUDAExecutionProvider":
         # TF32 is on by default and costs three digits: the parity of fp32 graphs is promised to 1e-4.
-        return provider, {"use_tf32": "0"}
+        options = {"use_tf32": "0"}
+        if limit_bytes is not None:
+            # The arena would double at each growth, and the search for the fastest convolution tries those that need
+            # much memory, outside of the limit.
+            options |= {"gpu_mem_limit": str(limit_bytes), "arena_extend_strategy": "kSameAsRequested"}
+            options["cudnn_conv_algo_search"] = "HEURISTIC"
+        return provider, options
+    if provider == "TensorrtExecutionProvider":
+        folder = default_cache_folder() / "ort-tensorrt"
+        engines = folder / _state_of(path)
+        with contextlib.suppress(OSError):  # where nothing can be kept, each run builds
+            engines.mkdir(parents=True, exist_ok=True)
+        # Builds take minutes: they are kept, and the kernels' times too. The graphs themselves say what is in fp16.
+        return provider, {
+            "trt_fp16_enable": "0",
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(engines),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(folder),
+        }
     return provider
+
+
+def _state_of(path: Path) -> str:
+    """A name for a graph's files as they are now: the provider's own key says nothing of the weights."""
+    files = [file for file in sorted(path.parent.glob(f"{glob.escape(path.name)}*")) if file.is_file()]
+    stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(stats).encode()).hexdigest()[:24]
 
 
 class _HostView:
@@ -110,6 +139,7 @@ class OrtEngine:
         threads: CPU threads of one operator; by default the cores this process may use.
         frugal: take as little memory as can be on the CPU, at the price of slower runs: weights are not packed, which
             is a second copy of most, and what one run took is not kept for the next.
+        device_memory_limit_bytes: what this graph's arena on CUDA may take, weights included.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -123,6 +153,7 @@ class OrtEngine:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         frugal: bool = False,
+        device_memory_limit_bytes: int | None = None,
     ) -> None:
         ort = require("onnxruntime", "cpu")
         self._path = Path(path)
@@ -140,7 +171,7 @@ class OrtEngine:
             self._session = ort.InferenceSession(
                 str(self._path),
                 sess_options=_options(ort, threads or usable_cores(), frugal),
-                providers=[_with_options(provider) for provider in chosen],
+                providers=[_with_options(provider, self._path, device_memory_limit_bytes) for provider in chosen],
             )
         except Exception as error:  # the binding has a class for each status code and no common base
             raise EngineError(

@@ -32,6 +32,7 @@ __all__ = [
     "PlanRequest",
     "Present",
     "check_plan",
+    "find_plan",
     "graph_sha256",
     "graph_sha256_from_manifest",
     "read_record",
@@ -250,8 +251,41 @@ def check_plan(
             )
 
 
+def find_plan(bundle: Path, name: str, present: Present) -> tuple[Path | None, str]:
+    """The plan of a graph (`generator/unet`) among a bundle's that belongs here, or None and why none does.
+
+    Its bytes are not read: `check_plan` does that when it is loaded.
+    """
+    reasons = []
+    for plan in sorted(bundle.glob(f"plans/*/{glob.escape(name.replace('/', '-'))}.plan")):
+        try:
+            misfits = _misfits(read_record(plan), present)
+        except BundleError as error:
+            reasons.append(str(error))
+            continue
+        if not misfits:
+            return plan, ""
+        subject, came, expected = misfits[0]
+        reasons.append(f"{plan.parent.name}: {subject} is {came}; expected {expected}")
+    return None, "; ".join(reasons) or "the bundle has no plan of it"
+
+
 def _mismatches(plan: Path, record: PlanRecord, present: Present) -> list[tuple[str, str, str]]:
-    """(what, what came, what was expected), the cheap ones first; the plan's own bytes are read only if those hold."""
+    """(what, what came, what was expected); the plan's own bytes are read only if all else fits."""
+    found = _misfits(record, present)
+    if found:
+        return found
+    size = plan.stat().st_size if plan.is_file() else None
+    if size is None:
+        return [("the plan", "missing", f"a file of {record.plan_bytes} bytes")]
+    if size != record.plan_bytes:
+        return [("its size", f"{size} bytes", f"{record.plan_bytes}, as recorded")]
+    if sha256_of(plan) != record.plan_sha256:
+        return [("its content", "changed (its SHA-256 differs)", "the one recorded")]
+    return []
+
+
+def _misfits(record: PlanRecord, present: Present) -> list[tuple[str, str, str]]:
     request = record.request
     found: list[tuple[str, str, str]] = []
     if present.backend != request.backend:
@@ -268,13 +302,4 @@ def _mismatches(plan: Path, record: PlanRecord, present: Present) -> list[tuple[
                 f"the graph and weights that it was built from ({request.graph_sha256[:12]})",
             )
         )
-    if found:
-        return found
-    size = plan.stat().st_size if plan.is_file() else None
-    if size is None:
-        return [("the plan", "missing", f"a file of {record.plan_bytes} bytes")]
-    if size != record.plan_bytes:
-        return [("its size", f"{size} bytes", f"{record.plan_bytes}, as recorded")]
-    if sha256_of(plan) != record.plan_sha256:
-        return [("its content", "changed (its SHA-256 differs)", "the one recorded")]
-    return []
+    return found

@@ -33,7 +33,7 @@ __all__ = ["Content", "Fetched", "PlanCache", "bytes_from_text", "default_cache_
 
 _INDEX = "files.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_LARGEST_SIZE = 2**63
+_LARGEST_SIZE = 10**18
 
 Content = bytes | memoryview | Path
 """A file's bytes, in memory or in a file of the cache."""
@@ -60,14 +60,16 @@ def bytes_from_text(text: str) -> int:
     """Read a size such as `20GB`, `500 MB` or `1.5TB` (decimal units).
 
     Raises:
-        InputError: it is not of that form, or not above 0.
+        InputError: it is not of that form, below 1 byte, or above a million TB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else ""
     unit = f"{unit}B" if unit in ("K", "M", "G", "T") else unit
     size = float(match[1]) * _UNITS[unit] if match else 0
-    if not 1 <= size < _LARGEST_SIZE:
-        raise InputError(f"size {text!r}: expected a number above 0 with a unit, e.g. 20GB or 500MB; correct it")
+    if not 1 <= size <= _LARGEST_SIZE:
+        raise InputError(
+            f"size {text[:40]!r}: expected 1B to {_LARGEST_SIZE // 10**12}TB, e.g. 20GB or 500MB; correct it"
+        )
     return int(size)
 
 

@@ -191,8 +191,11 @@ class CaptionerSpec(_Spec):
     with the preprocessing in the graph, in place of pixel_values: image uint8 (batch, image_height, image_width, 3),
     rows float32 (h, image_height), columns float32 (w, image_width), see `mi2rage_rt.resampling`.
     `decoder`: input_ids int64 (batch, sequence), past_keys, past_values (layers, batch, heads, past, size), cross_keys,
-    cross_values -> logits (batch, sequence, vocabulary), present_keys, present_values
+    cross_values -> logits of the last position (batch, 1, vocabulary), present_keys, present_values
     (layers, batch, heads, past + sequence, size). Rows of one call have equal lengths; none is padded.
+    `decoder_static`, where it is there: the decoder with a cache of fixed length: position int64 (1,), ids that are
+    past, stands beside the other inputs, past_keys, past_values are (layers, batch, heads, length, size), read below
+    `position`, and present_keys, present_values are the same with the new ones written from there on.
 
     Attributes:
         bos_id: the first id of every caption (BLIP's `[DEC]`, a decoder's start); a prefix's ids follow it.

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from mi2rage_engines.engine import HostArray, HostEngine, check_names, checked_inputs
 from mi2rage_engines.errors import EngineError, MissingExtraError
-from mi2rage_engines.ort_engine import OrtEngine
+from mi2rage_engines.ort_engine import OrtEngine, _with_options
 from mi2rage_engines.spec import TensorSpec
 from tests.runtime.tiny_bundle import graph
 
@@ -131,3 +131,20 @@ def test_buffers_and_device_arrays_that_do_not_fit_are_refused(adder: OrtEngine,
         engine.call({"a": right, "b": longer})
     with pytest.raises(EngineError, match="has no input x"):
         engine.put(np.zeros((2, 2)), "x")
+
+
+def test_providers_get_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MI2RAGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "g.onnx"
+    path.write_bytes(b"graph")
+    assert _with_options("CPUExecutionProvider", path, 100) == "CPUExecutionProvider"
+    assert _with_options("CUDAExecutionProvider", path, None)[1] == {"use_tf32": "0"}
+    limited = _with_options("CUDAExecutionProvider", path, 100)[1]
+    assert limited["gpu_mem_limit"] == "100" and limited["arena_extend_strategy"] == "kSameAsRequested"
+    first = _with_options("TensorrtExecutionProvider", path, None)[1]
+    assert first["trt_fp16_enable"] == "0" and Path(first["trt_engine_cache_path"]).is_dir()
+    assert first == _with_options("TensorrtExecutionProvider", path, None)[1]
+    path.with_name("g.onnx_data").write_bytes(b"weights")  # the same graph with other weights has engines of its own
+    second = _with_options("TensorrtExecutionProvider", path, None)[1]
+    assert first["trt_engine_cache_path"] != second["trt_engine_cache_path"]
+    assert first["trt_timing_cache_path"] == second["trt_timing_cache_path"]
