@@ -74,6 +74,7 @@ def atomic_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield draft
+        check_absent(path, force=force)  # another may have finished meanwhile
         draft.chmod(0o755)
         old = draft.with_name(draft.name + ".old")
         if path.exists():

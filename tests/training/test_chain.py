@@ -1,5 +1,6 @@
 """The chain's order, its determinism, and what survives an interruption."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.images import decode_image, encode_image
+from mi2rage_rt.noise import rng
 from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import Sample, Span
-from mi2rage_training.chain import ChainConfig, Decoding, Given, synthesize
+from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made, synthesize
 from mi2rage_training.chain_links import Links
 from mi2rage_training.pairs import Pair
 from mi2rage_training.slots import HEAD_SLOT, TAIL_SLOT, compose, with_slots
@@ -190,6 +192,12 @@ def test_templates_carry_mentions_and_label_words_along_the_chain() -> None:
         ({"given": Given.IMAGE, "prefixes": ("{head} :",)}, "both mentions"),
         ({"attempts": -1}, "attempts"),
         ({"sharpness": 0.0}, "sharpness"),
+        ({"jpeg_quality": 96, "image_format": ImageFormat.JPEG}, "jpeg quality: came 96; expected 1 to 95"),
+        ({"jpeg_quality": 80}, "jpeg quality: came with the image format png"),
+        ({"png_level": 10}, "png level: came 10"),
+        ({"png_level": 1, "image_format": ImageFormat.JPEG}, "png level: came with the image format jpeg"),
+        ({"least_added_nats": float("nan")}, "least added nats: came nan"),
+        ({"least_added_nats": 0.0, "sharpness": 2.0}, "sharpness: came 2.0 with least added nats"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -287,3 +295,109 @@ def test_where_no_child_is_good_the_chain_starts_again_from_the_sentence() -> No
     rows = made(samples(3), ChainConfig(links=2, width=2), judge=_Dislikes())
     assert {row.provenance.made_from for row in rows} == {"s0", "s1", "s2"}
     assert len({row.image for row in rows}) == len(rows)
+
+
+class _Ramps(NoiseGenerator):
+    """Images that can be packed, unlike noise."""
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
+        rows = np.arange(64, dtype=np.uint8)
+        return np.stack([np.tile(rows[:, None, None] + np.uint8(seed % 100), (1, 64, 3)) for seed in seeds])
+
+
+def test_images_are_encoded_as_asked_for() -> None:
+    def images(**settings: Any) -> list[Candidate]:
+        return Links(_Ramps(), MeanCaptioner(), ChainConfig(links=1, **settings)).make(samples(2))
+
+    usual, large = images(), images(png_level=0)
+    fine, coarse = (images(image_format=ImageFormat.JPEG, jpeg_quality=quality) for quality in (95, 5))
+    for row, unpacked, good, bad in zip(usual, large, fine, coarse, strict=True):
+        pixels = decode_image(row.image)
+        assert row.image == encode_image(pixels)
+        assert len(unpacked.image) > pixels.size > len(row.image)
+        np.testing.assert_array_equal(decode_image(unpacked.image), pixels)
+        assert good.image == encode_image(pixels, "jpeg", 95)
+        assert bad.image == encode_image(pixels, "jpeg", 5)
+        assert good.sample.image == f"{row.sample.id.replace('/', '-')}.jpeg"
+
+
+class _ById:
+    """A judge with an opinion on every candidate, keyed by its id; some are liked, whatever their parents."""
+
+    name = "by id"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def added_nats(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        self.asked += [row.sample.id for row in candidates]
+        return np.array([_opinion(row) for row in candidates])
+
+
+def _opinion(row: Candidate) -> float:
+    return float(rng(sum(row.sample.id.encode()), row.provenance.link).normal())
+
+
+def without_names(rows: Sequence[Candidate]) -> list[Candidate]:
+    """The rows as runs with and without a judge share them."""
+    plain = [dataclasses.replace(row.provenance, models={**row.provenance.models, "judge": ""}) for row in rows]
+    return [
+        dataclasses.replace(row, added_nats=None, sample=dataclasses.replace(row.sample, provenance=origin))
+        for row, origin in zip(rows, plain, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("given", [Given.TEXT, Given.IMAGE])
+@pytest.mark.parametrize("least", [-0.5, 0.3])
+def test_with_selection_along_only_children_whose_forebears_stay_are_made(
+    given: Given, least: float, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, given=given, links=4, width=3)
+    pairs = samples(10) if given is Given.TEXT else pictures(10)
+    every = {row.sample.id: row for row in made(pairs, config)}  # the slow way: make all, and leave out afterwards
+
+    def stays(row: Candidate) -> bool:
+        before = every.get(str(row.provenance.made_from))
+        return before is None or (_opinion(before) >= least and stays(before))
+
+    judge, online = _ById(), dataclasses.replace(config, least_added_nats=least)
+    generator = NoiseGenerator()
+    synthesize(pairs, tmp_path / "store", generator, MeanCaptioner(), online, judge=judge)
+    rows = list(read_store(tmp_path / "store"))
+    expected = [row for row in every.values() if stays(row)]
+    assert 0 < len(expected) < len(every)
+    assert without_names(rows) == without_names(expected)
+    assert children_not_made(tmp_path / "store", online) == len(every) - len(rows)
+    drawn = sum(row.via is not None or given is Given.TEXT for row in rows)
+    assert sum(len(prompts) for prompts, _ in generator.calls) == drawn  # nothing was made to be thrown away
+    judged = [row.sample.id for row in rows if row.provenance.link < config.links]
+    assert sorted(judge.asked) == sorted(judged)  # what has no children anyway is not asked about
+    for row in rows:
+        assert row.added_nats == (_opinion(row) if row.provenance.link < config.links else None)
+
+
+def test_selection_along_ends_every_chain_or_none(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, least_added_nats=0.0)
+    rows = made(samples(5), config, judge=_Dislikes())
+    assert [row.provenance.link for row in rows] == [1] * 10
+    strict = dataclasses.replace(CONFIG, least_added_nats=-100.0)
+    rows = made(samples(5), strict, judge=_Dislikes())
+    assert without_names(rows) == without_names(made(samples(5)))
+    synthesize(samples(5), tmp_path / "store", NoiseGenerator(), MeanCaptioner(), CONFIG)
+    assert children_not_made(tmp_path / "store", CONFIG) == 0
+
+
+def test_selection_along_needs_a_judge(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, least_added_nats=0.0)
+    with pytest.raises(InputError, match=r"least added nats: came 0\.0 without a judge"):
+        synthesize(samples(1), tmp_path / "store", NoiseGenerator(), MeanCaptioner(), config)
+    assert not (tmp_path / "store").exists()
+
+
+def test_unfinished_stores_of_earlier_releases_are_gone_on_with() -> None:
+    settings = set(ChainConfig().described())
+    assert not settings & {"jpeg_quality", "png_level", "least_added_nats"}
+    jpeg = ChainConfig(image_format=ImageFormat.JPEG, jpeg_quality=80, least_added_nats=0.5).described()
+    assert (jpeg["jpeg_quality"], jpeg["least_added_nats"]) == (80, 0.5)
+    assert "png_level" not in jpeg
+    assert ChainConfig(png_level=1).described()["png_level"] == 1

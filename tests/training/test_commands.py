@@ -66,6 +66,16 @@ def test_teachers_of_a_selection_judge_inside_a_later_chain(
     assert code == 0, err
     code, out, err = run(capsys, "synthesize", rows, chain, "--links", 2, *size, "--judge", judge, "--json")
     assert (code, json.loads(out)["candidates"]) == (0, 96), err
+    assert "not_made" not in json.loads(out)
+    along = ("synthesize", rows, tmp_path / "along", "--links", 3, *size, "--judge", judge, "--json")
+    code, out, err = run(capsys, *along, "--select-online", 0)
+    summary = json.loads(out)
+    assert (code, summary["dropped"], summary["candidates"] + summary["not_made"]) == (0, 0, 144), err
+    assert 0 < summary["not_made"] < 96
+    code, _, err = run(capsys, *along, "--select-online", 0.5)
+    assert (code, "was begun with other settings" in err) == (2, True), err
+    code, _, err = run(capsys, "select", tmp_path / "along", tmp_path / "less", "--folds", 2, "--epochs", 1)
+    assert code == 0, err
     code, _, err = run(capsys, "synthesize", rows, chain, "--links", 2, *size)
     assert (code, "judge: was 'teachers-" in err) == (2, True), err
     code, _, err = run(capsys, "synthesize", rows, tmp_path / "x", "--judge", tmp_path / "nothing")
@@ -135,6 +145,19 @@ def test_broken_mnre_rows_are_named_or_skipped(tmp_path: Path, capsys: pytest.Ca
         (["synthesize", "{rows}", "{tmp}/o", "--links", "0"], "links: came 0"),
         (["synthesize", "{rows}", "{tmp}/o", "--limit", "0"], "--limit"),
         (["synthesize", "{rows}", "{tmp}/o", "--image-format", "gif"], "expected one of: png, jpeg"),
+        (["synthesize", "{rows}", "{tmp}/o", "--jpeg-quality", "80"], "jpeg quality: came with the image format png"),
+        (["synthesize", "{rows}", "{tmp}/o", "--png-level", "12"], "png level: came 12"),
+        (["synthesize", "{rows}", "{tmp}/o", "--select-online", "0.1"], "--select-online: came 0.1 without --judge"),
+        (
+            ["synthesize", "{rows}", "{tmp}/o", "--judge", "{tmp}", "--select-online", "0", "--sharpness", "2"],
+            "sharpness: came 2.0 with least added nats",
+        ),
+        (["synthesize", "{rows}", "{tmp}/o", "--in-flight", "-1"], "--in-flight"),
+        (["synthesize", "{rows}", "{tmp}/o", "--bundle", "{tmp}"], "has no readable bundle.json"),
+        (
+            ["synthesize", "{rows}", "{tmp}/o", "--bundle", "{tmp}", "--captioner", "embedded"],
+            "came with --captioner embedded; expected a bundle alone",
+        ),
         (["synthesize", "{rows}", "{tmp}/o", "--generator", "{tmp}/nowhere"], "nowhere"),
         (["synthesize", "{rows}", "{tmp}/o", "--device", "abacus"], "not a torch device"),
         (["select", "{tmp}", "{tmp}/o"], "is no store"),

@@ -17,12 +17,22 @@ from mi2rage_rt.protocols import ImageToText, TextToImage
 from mi2rage_rt.samples import json_from_sample
 from mi2rage_training.chain_config import ChainConfig, Decoding, Given, ImageFormat
 from mi2rage_training.chain_links import Links
+from mi2rage_training.chain_places import adds_too_little
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.stages import Overlap, Stages, usual_overlap
 from mi2rage_training.store import StoreManifest, StoreWriter, read_columns
 
-__all__ = ["ChainConfig", "Decoding", "Given", "ImageFormat", "Overlap", "children_not_made", "synthesize"]
+__all__ = [
+    "ChainConfig",
+    "Decoding",
+    "Given",
+    "ImageFormat",
+    "Overlap",
+    "children_not_made",
+    "synthesize",
+    "usual_overlap",
+]
 
 
 def _settings(pairs: Sequence[Pair], links: Links, models: dict[str, Any]) -> dict[str, Any]:
@@ -98,12 +108,9 @@ def _check(pairs: Sequence[Pair], config: ChainConfig, judge: Judge | None) -> N
 
 
 def children_not_made(store: Path, config: ChainConfig) -> int:
-    """How many children the chains of a finished store were spared by `config.least_added_nats`."""
-    if config.least_added_nats is None:
-        return 0
+    """How many children the chains of a finished store were spared by `config.least_added_nats`.
+
+    Counted as if none of them had been given up, as a duplicate for instance.
+    """
     rows = read_columns(store, ("link", "added_nats"))
-    return sum(
-        config.links - row["link"]
-        for row in rows
-        if row["added_nats"] is not None and row["added_nats"] < config.least_added_nats
-    )
+    return sum(config.links - row["link"] for row in rows if adds_too_little(row["added_nats"], config))

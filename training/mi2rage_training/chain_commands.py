@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,16 +17,25 @@ def synthesize(
         str, typer.Option(help="The modality that is real: text (makes images) or image (texts).")
     ] = "text",
     images: Annotated[Path | None, typer.Option(help="Folder of the given images; by default the file's own.")] = None,
-    generator: Annotated[str, typer.Option(help="embedded, a diffusers folder, or a hub id.")] = "embedded",
-    captioner: Annotated[str, typer.Option(help="embedded, a BLIP folder, or a hub id.")] = "embedded",
+    generator: Annotated[
+        str | None, typer.Option(help="embedded (the default), a diffusers folder, or a hub id.")
+    ] = None,
+    captioner: Annotated[str | None, typer.Option(help="embedded (the default), a BLIP folder, or a hub id.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Both models from a folder that 'export' wrote, run without PyTorch.")
+    ] = None,
     links: Annotated[
         int, typer.Option(help="Samples made one after the other in a chain; 1 is direct generation.")
     ] = 3,
     width: Annotated[int, typer.Option(help="Children of a real sample at each link.")] = 1,
     judge: Annotated[
-        Path | None, typer.Option(help="Teachers ('select --teachers'): bad children have no children.")
+        Path | None, typer.Option(help="Teachers ('select --teachers'): bad children hardly have children.")
     ] = None,
     sharpness: Annotated[float, typer.Option(help="Power of the judge's likelihood ratio.")] = 1.0,
+    select_online: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Make no children of a child that adds less; needs --judge, draws nothing."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = None,
     first_prompt: Annotated[
@@ -45,6 +54,14 @@ def synthesize(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     shard_size: Annotated[int, typer.Option(help="Real samples a shard; the unit of commit and resume.")] = 32,
     image_format: Annotated[str, typer.Option(help="png (lossless) or jpeg.")] = "png",
+    jpeg_quality: Annotated[int | None, typer.Option(help="1 to 95, of --image-format jpeg; by default 90.")] = None,
+    png_level: Annotated[
+        int | None, typer.Option(help="0 to 9; by default 6; 1 is fast, and files are larger.")
+    ] = None,
+    in_flight: Annotated[
+        int,
+        typer.Option(min=0, help="Shards in the making at a time, which changes no byte; 0 is what suits the models."),
+    ] = 0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing the file.")
     ] = False,
@@ -55,19 +72,25 @@ def synthesize(
     """Make the missing images or texts of labelled data by Chained Cross-modal Generation."""
     import dataclasses
 
+    from mi2rage_engines.errors import InputError
     from mi2rage_rt.samples import BadRow
-    from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat
+    from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made, usual_overlap
     from mi2rage_training.chain import synthesize as run
+    from mi2rage_training.chain_models import Sampling, check_sources, models_from
     from mi2rage_training.choices import choice
     from mi2rage_training.commands import print_summary
-    from mi2rage_training.devices import device_from
     from mi2rage_training.pairs import Modality, load_pairs
-    from mi2rage_training.pytorch_captioner import CaptionDecoding, TorchCaptioner
-    from mi2rage_training.pytorch_models import TorchGenerator
-    from mi2rage_training.teacher_folder import load_teachers
+    from mi2rage_training.pytorch_captioner import CaptionDecoding
 
     kind = choice(Given, given, "given modality")
     search = choice(Decoding, decoding, "decoding")
+    if select_online is not None and judge is None:
+        raise InputError(
+            f"--select-online: came {select_online} without --judge; expected the teachers of an earlier selection, "
+            "which say what a child adds; give them ('select --teachers'), or leave it out"
+        )
+    check_sources(bundle, generator, captioner)
+    encoding: dict[str, Any] = {"jpeg_quality": jpeg_quality, "png_level": png_level}
     config = ChainConfig(
         given=kind,
         links=links,
@@ -82,25 +105,30 @@ def synthesize(
         attempts=attempts,
         drop_duplicates=drop_duplicates,
         sharpness=sharpness,
+        least_added_nats=select_online,
+        **{name: value for name, value in encoding.items() if value is not None},
     )
     decoded = CaptionDecoding(beams if search is Decoding.BEAM else 1, top_p, temperature)
     bad_rows: list[BadRow] = []
     shown = Modality.TEXT if kind is Given.TEXT else Modality.BOTH
     pairs = load_pairs(samples, images=images, modality=shown, skip_bad=skip_bad, bad_rows=bad_rows)[:limit]
-    place = device_from(device)
-    text_to_image = TorchGenerator.from_folder(generator, device=place, steps=steps, guidance_scale=guidance)
-    image_to_text = TorchCaptioner.from_folder(captioner, device=place, decoding=decoded)
+    models = models_from(bundle, generator, captioner, Sampling(steps, guidance, decoded), device)
+    overlap = usual_overlap(models.generator, models.captioner, in_flight)
     if kind is Given.IMAGE and not config.prefixes:
-        config = dataclasses.replace(config, prefixes=image_to_text.text_prefixes)
-    models = {
-        "generator_source": generator,
-        "captioner_source": captioner,
-        **dataclasses.asdict(text_to_image.settings),
-        "decoding": dataclasses.asdict(decoded),
-    }
-    teachers = None if judge is None else load_teachers(judge, place)
-    manifest = run(pairs, out, text_to_image, image_to_text, config, models, teachers)
+        config = dataclasses.replace(config, prefixes=models.text_prefixes)
+    teachers = None
+    if judge is not None:
+        from mi2rage_training.devices import device_from
+        from mi2rage_training.teacher_folder import load_teachers
+
+        teachers = load_teachers(judge, device_from(device))
+    manifest = run(
+        pairs, out, models.generator, models.captioner, config, models.described, judge=teachers, overlap=overlap
+    )
+    spared = children_not_made(out, config)
     summary = {"store": str(out), "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
-    most = links * width * len(pairs)
-    summary |= {"candidates": manifest.rows, "dropped": most - manifest.rows, "shards": len(manifest.shards)}
+    dropped = links * width * len(pairs) - manifest.rows - spared
+    summary |= {"candidates": manifest.rows, "dropped": dropped, "shards": len(manifest.shards)}
+    if select_online is not None:
+        summary["not_made"] = spared
     print_summary(summary, as_json)

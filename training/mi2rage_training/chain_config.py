@@ -73,8 +73,9 @@ class ChainConfig:
         attempts: how often a caption that a sibling has already, or that lacks a mention, is drawn again.
         drop_duplicates: leave out a child whose caption a sibling still has after that, and all that would come of it.
         sharpness: power of the judge's likelihood where there is a judge, see `judge`; 1 is the posterior.
-        least_added_nats: where there is a judge, a child that adds less ends its chain, see `chain_places`; None ends
-            none. Its exponential is the least ratio q(y | both) / q(y | real modality).
+        least_added_nats: a child that adds less by the judge, which there must be, has no children, see `chain_places`.
+            Its exponential is the least ratio q(y | both) / q(y | real modality). None has the judge draw what children
+            are made from instead.
     """
 
     given: Given = Given.TEXT
@@ -105,6 +106,11 @@ class ChainConfig:
             raise InputError(f"sharpness: came {self.sharpness}; expected a number above 0; 1 is the posterior")
         if self.least_added_nats is not None and not math.isfinite(self.least_added_nats):
             raise InputError(f"least added nats: came {self.least_added_nats}; expected a finite number, e.g. 0")
+        if self.least_added_nats is not None and self.sharpness != 1:
+            raise InputError(
+                f"sharpness: came {self.sharpness} with least added nats (--select-online); expected one of them, "
+                "since nothing is drawn by the judge where bad children end their chains; leave one out"
+            )
         self._check_image_format()
         _check_template("first prompt", self.first_prompt, tuple(set(_PROMPT_FIELDS) - {"caption"}))
         _check_template("next prompt", self.next_prompt, _PROMPT_FIELDS)

@@ -4,8 +4,10 @@ Without a judge a child is made from the child before. With one, the places of a
 with weights exp(sharpness * added information), and a fresh start from the real sample with weight 1, which is what a
 fresh child's weight is in expectation: E[q(y | both) / q(y | real)] = 1 over p(made | real).
 
-With `ChainConfig.least_added_nats` selection runs along: a child that adds less has no children, and its place makes no
-more. What is made is kept with its score; what a later selection would drop for its parent's sake is never made.
+With `ChainConfig.least_added_nats` selection runs along instead: a child is made from the child before, and one that
+adds less has no children. So what is made is what chains without a judge would make, less all that would come of such a
+child; those that were judged are kept with their scores, which say why a chain ended. (A caption that repeats one of a
+sibling that was never made is not drawn again for it.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.store import Candidate
 
-__all__ = ["Child", "Place", "that_go_on"]
+__all__ = ["Child", "Place", "adds_too_little", "that_go_on"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,37 +88,37 @@ def that_go_on(
         children: of the places, at `link`; None where one was given up.
     """
     alive = [child for child in children if child is not None]
+    for place, child in zip(places, children, strict=True):
+        if child is None:
+            place.start_again()
+        else:
+            place.follow(child.candidate)
     if judge is None or not alive:
-        for place, child in zip(places, children, strict=True):
-            if child is None:
-                place.start_again()
-            else:
-                place.follow(child.candidate)
         return list(places)
     scores = judge.added_nats([child.finished() for child in alive])
-    added = {child.candidate.sample.id: float(score) for child, score in zip(alive, scores, strict=True)}
-    if config.least_added_nats is not None:
-        for child in alive:  # the score says in the store why a chain ended
-            child.candidate = dataclasses.replace(child.candidate, added_nats=added[child.candidate.sample.id])
-    bad = {
-        name for name, nats in added.items() if config.least_added_nats is not None and nats < config.least_added_nats
-    }
-    going = [
+    if config.least_added_nats is None:
+        added = {child.candidate.sample.id: float(score) for child, score in zip(alive, scores, strict=True)}
+        _draw_sources(places, [child.candidate for child in alive], added, link, config)
+        return list(places)
+    for child, score in zip(alive, scores, strict=True):
+        child.candidate = dataclasses.replace(child.candidate, added_nats=float(score))
+    return [
         place
         for place, child in zip(places, children, strict=True)
-        if child is None or child.candidate.sample.id not in bad
+        if child is None or not adds_too_little(child.candidate.added_nats, config)
     ]
-    _draw_sources(
-        going, [child.candidate for child in alive if child.candidate.sample.id not in bad], added, link, config
-    )
-    return going
+
+
+def adds_too_little(added_nats: float | None, config: ChainConfig) -> bool:
+    """Whether a child of this score, None where it was not judged, ends its chain."""
+    return config.least_added_nats is not None and added_nats is not None and added_nats < config.least_added_nats
 
 
 def _draw_sources(
-    places: Sequence[Place], good: Sequence[Candidate], added: dict[str, float], link: int, config: ChainConfig
+    places: Sequence[Place], made: Sequence[Candidate], added: dict[str, float], link: int, config: ChainConfig
 ) -> None:
     siblings: dict[str, list[Candidate]] = {}
-    for candidate in good:
+    for candidate in made:
         siblings.setdefault(candidate.provenance.parent, []).append(candidate)
     for place in places:
         mine = siblings.get(place.sample.id, [])

@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -54,14 +54,21 @@ class Overlap:
             raise InputError(f"in flight: came {self.in_flight}; expected 1 (one shard after the other) or more")
 
 
-def usual_overlap(generator: TextToImage, captioner: ImageToText) -> Overlap:
-    """Two shards at a time for the runtime's models, else one.
+def usual_overlap(generator: TextToImage, captioner: ImageToText, in_flight: int = 0) -> Overlap:
+    """What suits the models: two shards at a time for the runtime's, else one.
 
     PyTorch's models on a CPU fill its cores already, and each further thread that calls them starts a pool of its own.
+
+    Args:
+        in_flight: shards in the making in place of that number; 0 takes it.
+
+    Raises:
+        InputError: `in_flight` is below 0.
     """
-    if isinstance(generator, RuntimeGenerator) and isinstance(captioner, RuntimeCaptioner):
-        return Overlap(in_flight=2, models_apart=True)
-    return Overlap()
+    if in_flight < 0:
+        raise InputError(f"in flight: came {in_flight}; expected 1 or more shards at a time, or 0 for what suits")
+    apart = isinstance(generator, RuntimeGenerator) and isinstance(captioner, RuntimeCaptioner)
+    return Overlap(in_flight or (2 if apart else 1), models_apart=apart)
 
 
 class AtOnce(Executor):
@@ -78,6 +85,7 @@ class _CallersThread(Executor):
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any] | None]] = SimpleQueue()
+        self._asked: set[Future[Any]] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -86,6 +94,7 @@ class _CallersThread(Executor):
         with self._lock:
             if self._closed:
                 raise RuntimeError("the run was given up")  # only threads that nobody waits for see this
+            self._asked.add(future)
             self._work.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
@@ -94,25 +103,21 @@ class _CallersThread(Executor):
         self._work.put((done, None))
 
     def serve(self) -> Future[Any]:
-        """Do what was submitted until something is told, and return that; an error of the work ends it."""
+        """Do what was submitted until something is told, and return that; an error of the work is raised as it is."""
         while True:
             future, call = self._work.get()
             if call is None:
                 return future
-            try:
-                future.set_result(call())
-            finally:
-                future.cancel()  # without effect once there is a result; else it frees the thread that waits
+            future.set_result(call())
+            self._asked.discard(future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Refuse further work, and cancel what was not begun."""
+        """Refuse further work, and free every thread that waits for work not done."""
         with self._lock:
             self._closed = True
-        while True:
-            try:
-                self._work.get_nowait()[0].cancel()
-            except Empty:
-                return
+        # Not from the queue: Ctrl-C may have come right after something was taken out of it.
+        for future in self._asked:
+            future.cancel()
 
 
 class Stages:
@@ -169,7 +174,7 @@ class Stages:
         """Call `make` with every item, `in_flight` at a time, and yield each that is done.
 
         Raises:
-            what `make` or a model raised, as it was and as soon as it was; the items in the making are given up then.
+            what `make` or a model raised, as it was; the items in the making are given up then.
         """
         if self.overlap.in_flight == 1:
             for item in items:

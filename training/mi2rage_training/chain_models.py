@@ -1,0 +1,161 @@
+"""The models of a chain, from PyTorch's folders or from an exported bundle, and what the store says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mi2rage_engines.errors import InputError
+from mi2rage_rt.protocols import ImageToText, TextToImage
+from mi2rage_training.pytorch_captioner import CaptionDecoding
+from mi2rage_training.pytorch_sources import EMBEDDED
+
+if TYPE_CHECKING:
+    from mi2rage_engines.bundle import Manifest
+    from mi2rage_engines.spec import ComponentSpec
+
+__all__ = ["ChainModels", "Sampling", "check_sources", "models_from", "models_from_bundle", "models_from_folders"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampling:
+    """How images are drawn and captions decoded; None takes the generator's own.
+
+    Attributes:
+        steps: of denoising.
+        guidance_scale: 1 is off.
+        decoding: of captions.
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    decoding: CaptionDecoding = dataclasses.field(default_factory=CaptionDecoding)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChainModels:
+    """The models of a run.
+
+    Attributes:
+        described: what decides what they make, JSON values, see `chain.synthesize`.
+        text_prefixes: what the captioner proposes that texts for given images begin with; empty where it has none.
+    """
+
+    generator: TextToImage
+    captioner: ImageToText
+    described: dict[str, Any]
+    text_prefixes: tuple[str, ...] = ()
+
+
+def check_sources(bundle: Path | None, generator: str | None, captioner: str | None) -> None:
+    """Refuse a bundle beside models that stand in place of its own.
+
+    Raises:
+        InputError: there are both.
+    """
+    names = {"--generator": generator, "--captioner": captioner}
+    others = [f"{option} {name}" for option, name in names.items() if name is not None]
+    if bundle is not None and others:
+        raise InputError(
+            f"--bundle {bundle}: came with {' and '.join(others)}; expected a bundle alone, which holds both models; "
+            "leave one or the other out"
+        )
+
+
+def models_from(
+    bundle: Path | None, generator: str | None, captioner: str | None, sampling: Sampling, device: str
+) -> ChainModels:
+    """The bundle's models where there is one, else PyTorch's, of which `embedded` is the default; raises as they do."""
+    check_sources(bundle, generator, captioner)
+    if bundle is not None:
+        return models_from_bundle(bundle, sampling, device)
+    return models_from_folders(generator or EMBEDDED, captioner or EMBEDDED, sampling, device)
+
+
+def models_from_folders(generator: str, captioner: str, sampling: Sampling, device: str) -> ChainModels:
+    """PyTorch's models: `embedded`, folders or hub ids.
+
+    Raises:
+        InputError: there is no such device.
+        ModelFolderError: a model cannot be loaded.
+        MissingExtraError: PyTorch is not installed.
+    """
+    from mi2rage_training.devices import device_from
+    from mi2rage_training.pytorch_captioner import TorchCaptioner
+    from mi2rage_training.pytorch_models import TorchGenerator
+
+    place = device_from(device)
+    text_to_image = TorchGenerator.from_folder(
+        generator, device=place, steps=sampling.steps, guidance_scale=sampling.guidance_scale
+    )
+    image_to_text = TorchCaptioner.from_folder(captioner, device=place, decoding=sampling.decoding)
+    described = {
+        "generator_source": generator,
+        "captioner_source": captioner,
+        **dataclasses.asdict(text_to_image.settings),
+        "decoding": dataclasses.asdict(sampling.decoding),
+    }
+    return ChainModels(text_to_image, image_to_text, described, image_to_text.text_prefixes)
+
+
+def models_from_bundle(folder: Path, sampling: Sampling, device: str) -> ChainModels:
+    """The generator and the captioner of a bundle, run without PyTorch.
+
+    What is described names the bundle's folder and holds a hash of each component: of its settings (schedules,
+    preprocessing, ...) and of every file it has, graphs, weights and tokenizers.
+
+    Args:
+        device: `auto` (CUDA where ONNX Runtime has it), `cpu` or `cuda`.
+
+    Raises:
+        InputError: the device is none of these, or the bundle has no schedule of so many steps.
+        BundleError: the bundle is not whole, or lacks a generator or a captioner.
+        MissingExtraError: ONNX Runtime is not installed.
+        EngineError: a graph cannot be loaded, or ONNX Runtime has no CUDA.
+    """
+    from mi2rage_rt.bundle import Bundle
+    from mi2rage_rt.captioner import CaptionOptions
+    from mi2rage_rt.generator import GenerateOptions
+
+    providers = _providers(device)
+    bundle = Bundle.open(folder, providers=providers)
+    decoding = dataclasses.asdict(sampling.decoding)
+    captioner = bundle.captioner(CaptionOptions(**decoding))
+    generator = bundle.generator(GenerateOptions(sampling.steps, sampling.guidance_scale))
+    generator.batch_size(1)  # refuses steps without a schedule here rather than in the middle of a run
+    spec, written = generator.spec, captioner.spec
+    described = {
+        "bundle": folder.resolve().name,
+        "generator_sha256": _digest(bundle.manifest, spec),
+        "captioner_sha256": _digest(bundle.manifest, written),
+        "steps": spec.steps if sampling.steps is None else sampling.steps,
+        "guidance_scale": spec.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
+        "height": spec.height,
+        "width": spec.width,
+        "decoding": decoding,
+    }
+    return ChainModels(generator, captioner, described)
+
+
+def _providers(device: str) -> tuple[str, ...] | None:
+    allowed = {
+        "auto": None,
+        "cpu": ("CPUExecutionProvider",),
+        "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    }
+    if device not in allowed:
+        raise InputError(
+            f"device {device!r}: a bundle runs on one of: {', '.join(allowed)}; choose one; which GPU it is "
+            "CUDA_VISIBLE_DEVICES says"
+        )
+    return allowed[device]
+
+
+def _digest(manifest: Manifest, component: ComponentSpec) -> str:
+    """Hex SHA-256 of all that decides what a component makes."""
+    files = {name: file.sha256 for name, file in manifest.files.items() if name.startswith(f"{component.kind}/")}
+    whole = {"spec": component.model_dump(mode="json"), "files": files}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
