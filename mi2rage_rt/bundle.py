@@ -108,7 +108,8 @@ class Bundle:
 
     def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
         """Image to text. Raises as `generator`."""
-        from mi2rage_rt.captioner import RuntimeCaptioner, graphs_to_load
+        from mi2rage_rt.caption_options import graphs_to_load
+        from mi2rage_rt.captioner import RuntimeCaptioner
         from mi2rage_rt.decoder_state import is_on_host
         from mi2rage_rt.text import PlainTokenizer
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mi2rage_engines.engine import Array, DeviceArray, Engine, check_names
+from mi2rage_engines.engine import NOTHING, Array, DeviceArray, Engine, check_names
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_engines.spec import CaptionerSpec
 from mi2rage_rt.beam_search import BeamSearch, BeamSettings
-from mi2rage_rt.decoder_state import CROSS, DecoderState, GrowingState, StaticState, is_on_host, room_for
+from mi2rage_rt.caption_options import CaptionOptions, check_options
+from mi2rage_rt.decoder_state import (
+    CROSS,
+    DecoderState,
+    GrowingState,
+    StaticBuffers,
+    StaticState,
+    is_on_host,
+    room_for,
+)
 from mi2rage_rt.decoding import choose_tokens
 from mi2rage_rt.images import pixel_values
 from mi2rage_rt.protocols import Image
@@ -27,32 +34,11 @@ _TAKES = {"decoder": ("input_ids", *_STATE), "decoder_static": ("input_ids", "po
 _GIVES = ("logits", "present_keys", "present_values")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CaptionOptions:
-    """How captions are written.
-
-    Attributes:
-        max_new_tokens: tokens after the prefix at most; None takes the bundle's default.
-        top_p, temperature: of nucleus sampling, see `choose_tokens`.
-        batch_size: captions decoded together at most; each beam of an image is one.
-        beams: of the beam search where no seeds are given; 1 is greedy.
-        length_penalty, early_stopping: of the beam search, see `BeamSettings`.
-        static_cache: whether the graph `decoder_static` is used, whose steps all have the same shapes; None where the
-            bundle has it and the engine is not the CPU's, which gains nothing by it, and for no beam search.
-    """
-
-    max_new_tokens: int | None = None
-    top_p: float = 0.9
-    temperature: float = 1.0
-    batch_size: int = 16
-    beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    static_cache: bool | None = None
-
-
 class RuntimeCaptioner:
     """Fulfils `ImageToText` from a bundle's graphs.
+
+    One object may be called from several threads at once where its engines may, as those on ONNX Runtime: what a call
+    has written, and what is past, belong to the call.
 
     Args:
         spec: the component's part of the manifest.
@@ -81,6 +67,8 @@ class RuntimeCaptioner:
         check_names(self._vision, ["image", "rows", "columns"] if self._takes_images else ["pixel_values"], CROSS)
         for name, engine in self._decoders.items():
             check_names(engine, _TAKES[name], _GIVES)
+        # Taken out while it is used, so that no two threads have it.
+        self._spare: dict[tuple[int, int], StaticBuffers] = {}
 
     def caption(
         self,
@@ -106,7 +94,7 @@ class RuntimeCaptioner:
             EngineError: a graph failed, or gave NaN.
         """
         options = options or self.options
-        _check_options(options)
+        check_options(options)
         prompts = [self.prompt_ids(prefix) for prefix in (prefixes if prefixes is not None else [""] * len(images))]
         if len(prompts) != len(images) or (seeds is not None and len(seeds) != len(images)):
             raise DataError(
@@ -159,12 +147,34 @@ class RuntimeCaptioner:
         limit = min(options.max_new_tokens or self.spec.max_new_tokens, room)
         searches = seeds is None and options.beams > 1
         start = np.array(prompts, dtype=np.int64)
-        state = self._state(self._look(images), start.shape, limit, options, searches=searches)
-        if searches:
-            written = self._search(state, start, limit, options)
+        static = self._static_decoder(options, searches=searches)
+        if static is None:
+            engine = self._decoders["decoder"]
+            cross = self._near(self._look(images), engine)
+            state: DecoderState = GrowingState(engine, cross, self.spec, len(start), on_host=is_on_host(engine))
+            written = self._written(state, start, limit, seeds, options)
         else:
-            written = self._write(state, start, limit, seeds, options)
+            key = (len(start), room_for(start.shape[1] + limit - 1, self.spec))
+            spare = self._spare.pop(key, None)
+            cross = self._near(self._look(images, NOTHING if spare is None else spare.cross), static)
+            state = StaticState(static, cross, self.spec, *key, on_host=is_on_host(static), spare=spare)
+            written = self._written(state, start, limit, seeds, options)
+            if state.rows == len(start) and not is_on_host(static):
+                self._spare = {key: state.buffers()}  # one alone: an image's keys and values take 40 MB and more
         return [[*prompt[1:], *ids] for prompt, ids in zip(prompts, written, strict=True)]
+
+    def _written(
+        self,
+        state: DecoderState,
+        start: NDArray[np.int64],
+        limit: int,
+        seeds: Sequence[int] | None,
+        options: CaptionOptions,
+    ) -> list[list[int]]:
+        """The ids behind `start` `(B, L)` of each image."""
+        if seeds is None and options.beams > 1:
+            return self._search(state, start, limit, options)
+        return self._write(state, start, limit, seeds, options)
 
     def _write(
         self,
@@ -229,55 +239,41 @@ class RuntimeCaptioner:
         ids[going, 0] = chosen
         return ids
 
-    def _state(
-        self,
-        cross: Mapping[str, Array | DeviceArray],
-        prompt: tuple[int, ...],
-        limit: int,
-        options: CaptionOptions,
-        *,
-        searches: bool,
-    ) -> DecoderState:
-        """The decoder before the first id of prompts `(B, L)`: an empty past, and what the images give."""
+    def _static_decoder(self, options: CaptionOptions, *, searches: bool) -> Engine | None:
+        """The graph `decoder_static` where it is to be used."""
         static = self._decoders.get("decoder_static")
         wanted = options.static_cache
         if wanted and static is None:
             raise InputError(
-                f"{self.name}: a static cache was asked for, and the bundle has no graph decoder_static; expected one "
-                "that was exported with --static-cache; export it so, or leave static_cache out"
+                f"{self.name}: a static cache was asked for, and no graph decoder_static is loaded; expected a bundle "
+                "that was exported with --static-cache, its captioner opened with static_cache=True; do so, or leave "
+                "static_cache out"
             )
         if wanted is None:
             wanted = static is not None and not searches and not is_on_host(static)
-        if "decoder" not in self._decoders or (static is not None and wanted):
-            static = self._decoders["decoder_static"]
-            room = room_for(prompt[1] + limit - 1, self.spec)
-            return StaticState(static, cross, self.spec, prompt[0], room, on_host=is_on_host(static))
-        engine = self._decoders["decoder"]
-        return GrowingState(engine, cross, self.spec, prompt[0], on_host=is_on_host(engine))
+        return static if wanted or "decoder" not in self._decoders else None
 
-    def _look(self, images: Sequence[Image]) -> Mapping[str, Array | DeviceArray]:
-        """The cross-attention's keys and values of the images, once for all tokens."""
+    def _near(self, cross: Mapping[str, Array | DeviceArray], decoder: Engine) -> Mapping[str, Array | DeviceArray]:
+        """What the vision graph gave, by way of the host where one of the two computes there and the other does not."""
+        if is_on_host(self._vision) == is_on_host(decoder):
+            return cross
+        return {name: array if isinstance(array, np.ndarray) else array.numpy() for name, array in cross.items()}
+
+    def _look(
+        self, images: Sequence[Image], into: Mapping[str, DeviceArray] = NOTHING
+    ) -> Mapping[str, Array | DeviceArray]:
+        """The cross-attention's keys and values of the images, once for all tokens; see `Engine.call` for `into`."""
         if self._takes_images:
-            return self._look_by_size(images)
-        return self._vision.call({"pixel_values": pixel_values(images, self.spec.preprocessing)})
+            return self._look_by_size(images, into)
+        return self._vision.call({"pixel_values": pixel_values(images, self.spec.preprocessing)}, into)
 
-    def _look_by_size(self, images: Sequence[Image]) -> dict[str, Array]:
+    def _look_by_size(
+        self, images: Sequence[Image], into: Mapping[str, DeviceArray]
+    ) -> Mapping[str, Array | DeviceArray]:
         """What a vision graph with preprocessing gives for images of any sizes; those of one size run together."""
-        places: list[int] = []
-        answers = []
-        for batch, inputs in image_batches(images, self.spec.preprocessing, self.spec.graphs["vision"].axes):
-            places += batch
-            answers.append(self._vision.run(inputs))
-        order = np.argsort(places)
+        batches = list(image_batches(images, self.spec.preprocessing, self.spec.graphs["vision"].axes))
+        if len(batches) == 1:  # in the order given, and may stay where it is
+            return self._vision.call(batches[0][1], into)
+        answers = [self._vision.run(inputs) for _, inputs in batches]
+        order = np.argsort([place for places, _ in batches for place in places])
         return {name: np.concatenate([answer[name] for answer in answers], axis=1)[:, order] for name in CROSS}
-
-
-def _check_options(options: CaptionOptions) -> None:
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"top_p {options.top_p}: expected a share above 0 and at most 1, e.g. 0.9")
-    if options.temperature <= 0:
-        raise InputError(f"temperature {options.temperature}: expected a number above 0, e.g. 1.0")
-    if options.batch_size < 1:
-        raise InputError(f"batch size {options.batch_size}: expected 1 or more")
-    if options.beams < 1:
-        raise InputError(f"beams {options.beams}: expected 1 (greedy) or more")

@@ -42,7 +42,8 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 class RuntimeClassifier:
     """Fulfils `RelationClassifier` from a bundle's graphs.
 
-    An image that several samples of a call share, as the same array or as equal pixels, is encoded once.
+    An image that several samples of a call share, as the same array or as equal pixels, is encoded once. One object may
+    be called from several threads at once where its engines may, as those on ONNX Runtime.
 
     Args:
         spec: the component's part of the manifest.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from mi2rage_rt.backend_option import BackendOption
 
 __all__ = ["caption", "doctor", "generate", "inspect", "predict"]
 
@@ -18,6 +20,11 @@ _Threads = Annotated[
 _Provider = Annotated[
     list[str] | None, typer.Option("--provider", help="ONNX Runtime provider, in order of preference; repeatable.")
 ]
+_FastJpeg = Annotated[
+    bool,
+    typer.Option("--fast-jpeg", help="Decode large JPEGs at half their size or less; the answers may differ a little."),
+]
+_BATCH_SIZE = 8
 
 
 def generate(
@@ -29,8 +36,23 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; by default the bundle's own.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; by default the bundle's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = 8,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(help="Shares of the steps that are guided, e.g. 0:0.5; by default all.", metavar="FIRST:LAST"),
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Images made together, or auto to measure which number is fastest; by default 8, or as many as "
+            "--memory holds.",
+            metavar="N|auto",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory in use at most, weights too, e.g. 4GB.", metavar="SIZE")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds files already.")] = False,
+    backend: BackendOption = "auto",
     provider: _Provider = None,
     threads: _Threads = None,
     seed: _Seed = 0,
@@ -38,21 +60,43 @@ def generate(
 ) -> None:
     """Make images for prompts from a bundle."""
     from mi2rage_engines.errors import InputError
+    from mi2rage_engines.plan_cache import bytes_from_text
     from mi2rage_rt.bundle import Bundle
     from mi2rage_rt.console import write_json, write_table
     from mi2rage_rt.generator import GenerateOptions
     from mi2rage_rt.jobs import generate_files, read_prompts
+    from mi2rage_rt.schedule import interval_from_text
 
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise InputError("no prompt was given; expected PROMPT... or --prompts-file")
-    options = GenerateOptions(steps=steps, guidance_scale=guidance, height=height, width=width, batch_size=batch_size)
-    with Bundle.open(bundle, providers=provider, threads=threads) as opened:
+    options = GenerateOptions(
+        steps=steps,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        guidance_interval=(0.0, 1.0) if guidance_interval is None else interval_from_text(guidance_interval),
+        batch_size=_batch_size_from_text(batch_size, len(wanted) if memory else _BATCH_SIZE),
+        memory_bytes=bytes_from_text(memory) if memory else None,
+    )
+    with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
         rows = generate_files(opened.generator(), wanted, out, seed=seed, options=options, force=force)
     if as_json:
         write_json({"out": str(out), "images": rows})
     else:
         write_table(("file", "prompt"), [(str(out / row["file"]), row["prompt"]) for row in rows])
+
+
+def _batch_size_from_text(text: str | None, default: int) -> int | Literal["auto"]:
+    from mi2rage_engines.errors import InputError
+
+    if text is None:
+        return default
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"batch size {text!r}: expected a number from 1 on, or auto; give one of them")
+    return int(text)
 
 
 def caption(
@@ -62,22 +106,31 @@ def caption(
     sample: Annotated[bool, typer.Option("--sample", help="Nucleus sampling instead of greedy decoding.")] = False,
     top_p: Annotated[float, typer.Option(help="The nucleus's share of probability.")] = 0.9,
     temperature: Annotated[float, typer.Option(help="Above 1 more varied, below 1 less.")] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Of a beam search; 1 is greedy decoding.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default the bundle's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images captioned together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Captions written together; each beam is one.")] = 16,
+    fast_jpeg: _FastJpeg = False,
+    backend: BackendOption = "auto",
     provider: _Provider = None,
     threads: _Threads = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
     """Describe images in words, from a bundle."""
+    from mi2rage_engines.errors import InputError
     from mi2rage_rt.bundle import Bundle
     from mi2rage_rt.captioner import CaptionOptions
     from mi2rage_rt.console import write_json, write_table
     from mi2rage_rt.jobs import caption_files
 
-    options = CaptionOptions(max_new_tokens, top_p, temperature, batch_size)
-    with Bundle.open(bundle, providers=provider, threads=threads) as opened:
-        rows = caption_files(opened.captioner(options), images, prefix=prefix, seed=seed if sample else None)
+    if sample and beams > 1:
+        raise InputError(
+            f"--beams {beams}: came with --sample; expected one of them, for a beam search draws nothing; leave one out"
+        )
+    options = CaptionOptions(max_new_tokens, top_p, temperature, batch_size, beams)
+    with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
+        captioner = opened.captioner(options)
+        rows = caption_files(captioner, images, prefix=prefix, seed=seed if sample else None, fast_jpeg=fast_jpeg)
     if as_json:
         write_json({"captions": rows})
     else:
@@ -93,6 +146,8 @@ def predict(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing all.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 32,
+    fast_jpeg: _FastJpeg = False,
+    backend: BackendOption = "auto",
     provider: _Provider = None,
     threads: _Threads = None,
     as_json: _Json = False,
@@ -113,10 +168,10 @@ def predict(
     bad_rows: list[BadRow] = []
     skipped: list[Skipped] = []
     rows = read_samples(samples, skip_bad=skip_bad, bad_rows=bad_rows)
-    with Bundle.open(bundle, providers=provider, threads=threads) as opened:
+    with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
         classifier = opened.classifier(batch_size)
         folder = None if text_only else images or samples.parent
-        predictions = predict_samples(classifier, rows, folder, skip_bad=skip_bad, skipped=skipped)
+        predictions = predict_samples(classifier, rows, folder, skip_bad=skip_bad, skipped=skipped, fast_jpeg=fast_jpeg)
     if out is not None:
         with atomic_text(out) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)

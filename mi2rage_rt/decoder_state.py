@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ from mi2rage_engines.engine import Array, DeviceArray, Engine
 from mi2rage_engines.errors import EngineError
 from mi2rage_engines.spec import CaptionerSpec
 
-__all__ = ["CROSS", "DecoderState", "GrowingState", "StaticState", "is_on_host", "room_for"]
+__all__ = ["CROSS", "DecoderState", "GrowingState", "StaticBuffers", "StaticState", "is_on_host", "room_for"]
 
 CROSS = ("cross_keys", "cross_values")
 _PAST = {"past_keys": "present_keys", "past_values": "present_values"}
@@ -25,8 +26,10 @@ class DecoderState(abc.ABC):
 
     Args:
         engine: the decoder graph.
-        past: keys and values of what is past, `(layers, rows, heads, length, size)`.
-        cross: keys and values of the images, `(layers, rows, heads, patches, size)`.
+        past: keys and values of what is past, `(layers, rows, heads, length, size)`; those on a device are the state's
+            to write.
+        cross: keys and values of the images, `(layers, rows, heads, patches, size)`; those on a device lie on this
+            engine's.
         on_host: the engine computes in the host's memory, where rows are dropped without a copy to a device and back.
 
     Attributes:
@@ -34,20 +37,28 @@ class DecoderState(abc.ABC):
     """
 
     def __init__(
-        self, engine: Engine, past: Mapping[str, Array], cross: Mapping[str, Array | DeviceArray], *, on_host: bool
+        self,
+        engine: Engine,
+        past: Mapping[str, Array | DeviceArray],
+        cross: Mapping[str, Array | DeviceArray],
+        *,
+        on_host: bool,
     ) -> None:
         self._engine = engine
         self._on_host = on_host
-        self._past = {name: engine.put(array, name) for name, array in past.items()}
+        self._past = {
+            name: engine.put(array, name) if isinstance(array, np.ndarray) else array for name, array in past.items()
+        }
         self._cross = {name: self._taken(array, name) for name, array in cross.items()}
         self.rows = int(self._past["past_keys"].shape[1])
 
     def _taken(self, array: Array | DeviceArray, name: str) -> DeviceArray:
-        """What another graph gave, as this one takes it: vision and decoder may be of different precisions."""
-        wanted = next(tensor.dtype for tensor in self._engine.inputs if tensor.name == name)
-        if isinstance(array, np.ndarray) or array.dtype != np.dtype(wanted):
-            return self._engine.put(np.asarray(array if isinstance(array, np.ndarray) else array.numpy()), name)
-        return array
+        """What another graph gave, as this one takes it: it may be of another precision, or another backend's."""
+        own = self._past["past_keys"]
+        if isinstance(array, np.ndarray):
+            return self._engine.put(array, name)
+        # An engine takes another backend's arrays too, but would copy them again for every token.
+        return array if type(array) is type(own) and array.dtype == own.dtype else self._engine.put(array.numpy(), name)
 
     @abc.abstractmethod
     def _call(self, ids: NDArray[np.int64]) -> DeviceArray:
@@ -115,6 +126,20 @@ class GrowingState(DecoderState):
         return left < self.rows if self._on_host else 2 * left <= self.rows
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StaticBuffers:
+    """The arrays of a static cache that has written its captions: at their addresses a CUDA graph goes on being valid.
+
+    Attributes:
+        past, into: of equal sizes; what they hold is of no account.
+        cross: what the vision graph may write the next images' keys and values into; nothing where they were copied.
+    """
+
+    past: Mapping[str, DeviceArray]
+    into: Mapping[str, DeviceArray]
+    cross: Mapping[str, DeviceArray]
+
+
 class StaticState(DecoderState):
     """With the graph `decoder_static`: room for the whole caption from the start, the same shapes at every step.
 
@@ -126,6 +151,7 @@ class StaticState(DecoderState):
         spec: the captioner's.
         rows: captions to write.
         room: ids that are fed to the decoder at most, see `room_for`.
+        spare: of a state that is done, of as many rows and as much room; zeros by default.
     """
 
     def __init__(
@@ -137,10 +163,17 @@ class StaticState(DecoderState):
         room: int,
         *,
         on_host: bool,
+        spare: StaticBuffers | None = None,
     ) -> None:
-        super().__init__(engine, _zeros(engine, spec, rows, room), cross, on_host=on_host)
-        self._into = self._second_buffers()
+        past = _zeros(engine, spec, rows, room) if spare is None else spare.past
+        super().__init__(engine, past, cross, on_host=on_host)
+        self._into = self._second_buffers() if spare is None else dict(spare.into)
         self._position = 0
+        self._given = {name: array for name, array in self._cross.items() if array is cross[name]}
+
+    def buffers(self) -> StaticBuffers:
+        """What the next state may take over; this one is at its end."""
+        return StaticBuffers(self._past, self._into, self._given)
 
     def _call(self, ids: NDArray[np.int64]) -> DeviceArray:
         position = np.array([self._position], dtype=np.int64)
@@ -182,7 +215,7 @@ def room_for(fed: int, spec: CaptionerSpec) -> int:
     return room if known is None else max(known.min, min(room, known.max))
 
 
-def _zeros(engine: Engine, spec: CaptionerSpec, rows: int, length: int) -> dict[str, Array]:
+def _zeros(engine: Engine, spec: CaptionerSpec, rows: int, length: int) -> Mapping[str, Array]:
     dtype = next(tensor.dtype for tensor in engine.inputs if tensor.name == "past_keys")
     shape = (spec.layers, rows, spec.heads, length, spec.head_size)
     return {name: np.zeros(shape, dtype=dtype) for name in _PAST}

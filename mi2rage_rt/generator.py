@@ -76,6 +76,9 @@ class _Prompt:
 class RuntimeGenerator:
     """Fulfils `TextToImage` from a bundle's graphs.
 
+    One object may be called from several threads at once where its engines may, as those on ONNX Runtime; but let one
+    call alone measure a batch size (`auto`, `memory_bytes`), with `batch_size`, before the others begin.
+
     Args:
         spec: the component's part of the manifest.
         engines: `text_encoder`, `denoise_step` or else `unet`, and `vae_decoder` (left out by a generator that works on

@@ -167,8 +167,8 @@ def _cut(image: Image, spec: ImagePreprocessing) -> Image:
 def fitted(image: Image, spec: ImagePreprocessing) -> Image:
     """A small image of which `pixel_values` makes just what it makes of the given one.
 
-    Resizing in the thread that decodes is off the critical path, and what waits there is small. Where an image that is
-    resized and cut would be resized once more, it comes back as it is.
+    Resizing in the thread that decodes is off the critical path, and what waits there is small. An image whose shorter
+    side is `shortest_edge` already is not resized again; where the cut is smaller than that, as much is kept around it.
 
     Args:
         image: uint8 `(H, W, 3)`.
@@ -177,8 +177,17 @@ def fitted(image: Image, spec: ImagePreprocessing) -> Image:
     Returns:
         uint8 `(H, W, 3)`.
     """
-    twice_is_once = spec.resize == "exact" or spec.shortest_edge in (None, min(spec.height, spec.width))
-    return np.ascontiguousarray(_cut(image, spec)) if twice_is_once else image
+    edge = spec.shortest_edge
+    if spec.resize == "exact" or edge is None or edge == min(spec.height, spec.width):
+        return np.ascontiguousarray(_cut(image, spec))
+
+    def kept(length: int, cut: int) -> int:
+        most = max(edge, cut)
+        return min(length, most + (most - cut) % 2)  # an even number more than the cut has the same centre
+
+    resized = _resized(image, spec)
+    height, width = resized.shape[:2]
+    return np.ascontiguousarray(_centre(resized, kept(height, spec.height), kept(width, spec.width)))
 
 
 @functools.lru_cache(maxsize=8)

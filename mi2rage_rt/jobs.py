@@ -115,6 +115,7 @@ def _image_row(
 ) -> dict[str, Any]:
     spec = generator.spec
     guidance = spec.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    whole = options.guidance_interval == (0.0, 1.0)
     return {
         "file": name,
         "prompt": prompt,
@@ -123,6 +124,7 @@ def _image_row(
         "width": image.shape[1],
         "steps": options.steps or spec.steps,
         "guidance_scale": guidance,
+        **({} if whole else {"guidance_interval": list(options.guidance_interval)}),
         "model": generator.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -142,7 +144,8 @@ def caption_files(
         captioner: a bundle's, with its options.
         paths: the files.
         prefix: what every caption begins with.
-        seed: of nucleus sampling, the k-th image's draws keyed by `(seed, k)`; None decodes greedily.
+        seed: of nucleus sampling, the k-th image's draws keyed by `(seed, k)`; None decodes greedily, or with
+            the captioner's beams.
         fast_jpeg: decode large JPEGs smaller, see `load_image`; pixels, and so captions, may differ.
 
     Raises:

@@ -188,7 +188,7 @@ def read_samples(path: Path | str, *, skip_bad: bool = False, bad_rows: list[Bad
         except ValueError as error:
             if not skip_bad:
                 raise DataError(
-                    f"{path}, line {number}: {error}; correct the row, or leave it out (commands that can do it have --skip-bad)"
+                    f"{path}, line {number}: {error}; correct the row, or leave it out (some commands have --skip-bad)"
                 ) from error
             logger.warning("%s, line %d skipped: %s", path, number, error)
             if bad_rows is not None:

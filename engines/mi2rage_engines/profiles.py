@@ -71,6 +71,7 @@ def profile_from_text(text: str) -> ShapeProfile:
 
 
 def _is_size(text: str) -> bool:
+    # Python converts no text of thousands of digits.
     return text.isdecimal() and len(text) <= len(str(_LARGEST)) and int(text) <= _LARGEST
 
 

@@ -51,7 +51,8 @@ def export_bundle(out: Path | str, request: ExportRequest, *, force: bool = Fals
         force: replace a bundle that is there already.
 
     Raises:
-        InputError: `out` exists and `force` is off, or a precision names no graph.
+        InputError: `out` exists and `force` is off, a precision names no graph, or a static cache was asked for and
+            there is no captioner.
         ModelFolderError: a model cannot be loaded, or is of a kind that cannot be exported.
         DataError: the samples to verify or to calibrate with cannot be read.
         MissingExtraError: a package of the extra `export` or `cpu` is missing.
@@ -125,6 +126,8 @@ class _Writer:
             from mi2rage_export.resampling import with_preprocessing
 
             graphs = (with_preprocessing(graphs[0], model.preprocessing), *graphs[1:])
+        if self.request.static_cache and family.static_cache is not None:
+            graphs = (*graphs, family.static_cache(model))
         return _Part(role, family, model, graphs)
 
     def _fields(self, part: _Part) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from mi2rage_engines.errors import DataError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import TensorSpec
 from mi2rage_rt.bundle import Bundle
+from mi2rage_rt.captioner import CaptionOptions
 from mi2rage_rt.noise import seed_from
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def inputs_of_graphs(folder: Path, manifest: Manifest, role: str, data: GivenDat
         images = [image for image in data.images if image is not None][:_IMAGES]
         if not images:
             raise DataError(f"{data.file}: no sample has an image; expected some to calibrate the captioner with")
-        bundle.captioner().caption(images)
+        for static in (False, True) if "decoder_static" in spec.graphs else (False,):
+            bundle.captioner(CaptionOptions(static_cache=static)).caption(images)
     else:
         bundle.classifier(batch_size=8).logits(data.samples[:_ROWS], data.images[:_ROWS])
     return calls

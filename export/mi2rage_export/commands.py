@@ -56,6 +56,9 @@ def export(
     preprocess_in_graph: Annotated[
         bool, typer.Option("--preprocess-in-graph", help="Resize the captioner's images in its graph.")
     ] = False,
+    static_cache: Annotated[
+        bool, typer.Option("--static-cache", help="Also write the captioner's decoder with a cache of fixed length.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random weights and of the inputs of the parity checks.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest on stdout.")] = False,
@@ -79,6 +82,7 @@ def export(
         keep_fp32=parts_from_options(keep_fp32 or ()),
         opset=opset,
         preprocess_in_graph=preprocess_in_graph,
+        static_cache=static_cache,
         verify=verify,
         calibration=calibration,
         images=images,

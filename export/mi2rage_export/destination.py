@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,8 @@ __all__ = ["destination"]
 def destination(out: Path, *, force: bool) -> Iterator[Path]:
     """The folder that a bundle is to take, links followed; parents that were made for it go again when the block fails.
 
+    SIGTERM, which a container or a scheduler sends, ends the block as Ctrl-C does.
+
     Args:
         out: as the user gave it.
         force: replace a bundle that is there already; nothing else is ever replaced.
@@ -27,12 +31,13 @@ def destination(out: Path, *, force: bool) -> Iterator[Path]:
         OSError: what the block raises of the kind, its subject named.
     """
     place = Path(os.path.realpath(out))
-    check_absent(place, force=force)
+    check_absent(out, force=force)
     _check_replaceable(out, place)
     missing = [parent for parent in place.parents if not parent.exists()]
     _check_writable(out, place.parents[len(missing)])
     try:
-        yield place
+        with _clearing_up_when_terminated():
+            yield place
     except BaseException as error:
         for parent in missing:
             with contextlib.suppress(OSError):
@@ -41,6 +46,18 @@ def destination(out: Path, *, force: bool) -> Iterator[Path]:
             # Of a full disk Python names no file where it was writing already.
             raise OSError(error.errno, error.strerror, str(out)) from error
         raise
+
+
+@contextlib.contextmanager
+def _clearing_up_when_terminated() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_replaceable(out: Path, place: Path) -> None:

@@ -268,9 +268,16 @@ def common_prefix(found: Sequence[Any], expected: Sequence[Any]) -> float:
 
 
 def check_captioner(
-    runtime: RuntimeCaptioner, reference: CaptionerReference, precision: Precision
+    runtime: RuntimeCaptioner, reference: CaptionerReference, precision: Precision, subject: str = "captioner"
 ) -> list[ParityRecord]:
-    """Greedy captions, runtime against transformers' `generate`, without and with a prefix."""
+    """Greedy captions, runtime against transformers' `generate`, without and with a prefix.
+
+    Args:
+        runtime: its options say which decoder graph is used.
+        reference: of the captioner.
+        precision: whose bounds hold.
+        subject: what the records are about.
+    """
     size = runtime.spec.preprocessing
     images = random_images(reference.images, size.height, size.width, reference.seed)
     shares, equal = [], 0
@@ -280,8 +287,8 @@ def check_captioner(
         equal += sum(tuple(mine) == theirs for mine, theirs in zip(found, expected, strict=True))
     bound, cases = BOUNDS[precision].caption_prefix, len(shares)
     return [
-        record("captioner", "caption_prefix", float(np.mean(shares)), bound, cases, least=True),
-        record("captioner", "caption_agreement", equal / cases, bound, cases, least=True),
+        record(subject, "caption_prefix", float(np.mean(shares)), bound, cases, least=True),
+        record(subject, "caption_agreement", equal / cases, bound, cases, least=True),
     ]
 
 

@@ -32,6 +32,7 @@ class ExportRequest:
             of an int8 graph.
         opset: 18 to 25.
         preprocess_in_graph: images go in as they are, resized in the captioner's graph as Pillow does it.
+        static_cache: the captioner gets a second decoder graph, with a cache of fixed length (`decoder_static`).
         verify: samples to measure the task's own figures on, before and after.
         calibration: samples that `int8-qdq` takes its scales from.
         images: folder of both files' images; by default each file's own.
@@ -48,6 +49,7 @@ class ExportRequest:
     keep_fp32: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     opset: int = OPSET
     preprocess_in_graph: bool = False
+    static_cache: bool = False
     verify: Path | None = None
     calibration: Path | None = None
     images: Path | None = None

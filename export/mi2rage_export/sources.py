@@ -32,12 +32,18 @@ def load_models(request: ExportRequest) -> Models:
     """Load what is to be exported, and see that the samples given with it can be used.
 
     Raises:
-        InputError: two models for one role.
+        InputError: two models for one role, or a static cache for no captioner.
         DataError: samples that cannot be read, or do not fit the models.
         ModelFolderError: a folder or hub id that cannot be loaded, or whose files do not belong together.
     """
     random = _random_by_role(request)
-    check_files(request, {*request.sources, *random})
+    roles = {*request.sources, *random}
+    if request.static_cache and "captioner" not in roles:
+        raise InputError(
+            f"static cache: came with {', '.join(sorted(roles))} alone; expected a captioner, whose decoder it is for; "
+            "give --captioner, or leave --static-cache out"
+        )
+    check_files(request, roles)
     sources = dict(request.sources)
     for role, source in sources.items():
         _check_hub(role, source)
@@ -124,13 +130,14 @@ def _first_line(error: Exception) -> str:
 def _ask(role: str, model: Any) -> None:
     """Ask for one answer: files that do not belong together show here, not in the middle of the export."""
     import numpy as np
-    import torch
 
     if role == "generator":
-        with torch.no_grad():
-            model.pipeline.encode_prompt(
-                prompt=_WORDS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
+        from mi2rage_training.pytorch_models import TorchGenerator
+
+        # One step at 8 x 8 latents, which any UNet of the families can halve as often as it does.
+        side = 8 * int(model.pipeline.vae_scale_factor)
+        small = dataclasses.replace(model.settings, steps=1, height=side, width=side)
+        TorchGenerator(model.name, model.pipeline, small).generate([_WORDS], [0])
         return
     image = np.zeros((model.preprocessing.height, model.preprocessing.width, 3), np.uint8)
     if role == "captioner":

@@ -59,7 +59,8 @@ def check_bundle(
         bundle = Bundle(folder, manifest, _opener(manifest, folder, Path(scratch), providers, threads))
         if unknown := sorted(set(components) - set(bundle.components)):
             raise BundleError(
-                f"{folder}: has no component {', '.join(unknown)}; expected some of {', '.join(bundle.components)}"
+                f"{folder}: has no component {', '.join(unknown)}; expected some of {', '.join(bundle.components)}; "
+                "name one of these, or export the bundle with it"
             )
         references = read_references(folder)
         chosen = tuple(name for name in bundle.components if not components or name in components)

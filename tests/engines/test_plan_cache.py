@@ -228,7 +228,7 @@ def test_a_killed_builder_keeps_nobody_waiting(tmp_path: Path) -> None:
 def test_sizes_and_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [bytes_from_text(text) for text in ("20GB", "1.5 kb", "7", "2M")] == [20 * 10**9, 1500, 7, 2 * 10**6]
     for text in ("", "GB", "-1GB", "0", "0.5", "20 XB", "1000001TB", "9" * 400 + "GB"):
-        with pytest.raises(InputError, match="expected 1B to 1000000TB, e.g. 20GB or 500MB"):
+        with pytest.raises(InputError, match=r"expected 1B to 1000000TB, e\.g\. 20GB or 500MB"):
             bytes_from_text(text)
     monkeypatch.setenv("MI2RAGE_CACHE", "/somewhere")
     assert default_cache_folder() == Path("/somewhere")

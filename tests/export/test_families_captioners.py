@@ -119,7 +119,10 @@ def test_beams_are_those_of_pytorch(exported, beams, monkeypatch):
     assert exported.runtime.caption(images, PREFIXES, options=options) == exported.torch.caption(images, PREFIXES)
 
 
-@pytest.mark.parametrize(("length_penalty", "early_stopping"), [(2.0, True), (-1.0, False), (1.0, "never")])
+@pytest.mark.parametrize(
+    ("length_penalty", "early_stopping"),
+    [(2.0, True), (0.0, True), (-1.0, False), (2.0, False), (1.0, "never"), (-1.0, "never")],
+)
 def test_beams_are_penalised_and_stopped_alike(exported, length_penalty, early_stopping, monkeypatch):
     module = exported.torch.module
     config = (module.text_decoder if module.config.model_type == "blip" else module).generation_config
@@ -127,11 +130,11 @@ def test_beams_are_penalised_and_stopped_alike(exported, length_penalty, early_s
     monkeypatch.setattr(config, "early_stopping", early_stopping)
     monkeypatch.setattr(exported.torch, "decoding", CaptionDecoding(beams=3))
     images = list(random_images(6, seed=11))
-    prompts = [exported.torch.prompt_ids("")] * len(images)
     options = CaptionOptions(beams=3, length_penalty=length_penalty, early_stopping=early_stopping)
-    assert exported.runtime.generate_ids(images, prompts, options=options) == exported.torch.generate_ids(
-        images, prompts
-    )
+    for prefix in ("", "a photo of"):  # which no penalty counts
+        prompts = [exported.torch.prompt_ids(prefix)] * len(images)
+        expected = exported.torch.generate_ids(images, prompts)
+        assert exported.runtime.generate_ids(images, prompts, options=options) == expected
 
 
 def test_a_static_cache_changes_no_token(exported):

@@ -1,9 +1,11 @@
-"""Ctrl-C, a full disk, lack of memory in each phase of an export: nothing is left, and what was there stays whole."""
+"""Ctrl-C, SIGTERM, a full disk, lack of memory in each phase of an export: no debris, and what was there stays."""
 
 from __future__ import annotations
 
 import errno
 import shutil
+import signal
+import tempfile
 
 import pytest
 
@@ -11,6 +13,8 @@ from mi2rage_engines.bundle import open_manifest
 from mi2rage_export import bundle_writer, in_precision, recording, sources
 from mi2rage_export.bundle_writer import export_bundle
 from mi2rage_export.request import ExportRequest
+from mi2rage_rt import cli
+from tests.runtime.tiny_bundle import build_bundle
 
 PHASES = {
     "loading": (sources, "load_models"),
@@ -21,20 +25,21 @@ PHASES = {
     "checking": (bundle_writer, "check_in_process"),
 }
 CAUSES = {
-    "Ctrl-C": KeyboardInterrupt(),
-    "disk full": OSError(errno.ENOSPC, "No space left on device"),
-    "out of memory": MemoryError(),
+    "Ctrl-C": (lambda: signal.raise_signal(signal.SIGINT), 130, "interrupted; "),
+    "termination": (lambda: signal.raise_signal(signal.SIGTERM), 130, "interrupted; "),
+    "disk full": (lambda: _raise(OSError(errno.ENOSPC, "No space left on device")), 1, "error: OUT: No space left"),
+    "out of memory": (lambda: _raise(MemoryError()), 1, "error: OUT: out of memory; expected room for"),
 }
 
 
+def _raise(error):
+    raise error
+
+
 @pytest.fixture(scope="module")
-def standing(exported_bundle, tmp_path_factory):
-    """A bundle of the classifier alone that is to be replaced."""
-    folder = tmp_path_factory.mktemp("standing") / "bundle"
-    folder.mkdir()
-    for name in ("classifier", "parity"):
-        shutil.copytree(exported_bundle / name, folder / name)
-    return folder
+def standing(tmp_path_factory):
+    """A bundle that is to be replaced."""
+    return build_bundle(tmp_path_factory.mktemp("standing") / "bundle", parts=("classifier",))
 
 
 def _quick(monkeypatch, phase):
@@ -62,19 +67,24 @@ def _spec_of(graph, path, file):
 
 @pytest.mark.parametrize("cause", CAUSES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_each_phase(tiny_classifier, standing, tmp_path, monkeypatch, phase, cause):
-    def fails(*_: object, **__: object) -> None:
-        raise CAUSES[cause]
-
+def test_each_phase(tiny_classifier, standing, tmp_path, monkeypatch, capfd, phase, cause):
+    happens, code, words = CAUSES[cause]
     _quick(monkeypatch, phase)
-    monkeypatch.setattr(*PHASES[phase], fails)
+    monkeypatch.setattr(*PHASES[phase], lambda *_, **__: happens())
     folder = shutil.copytree(standing, tmp_path / "bundle")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-    request = ExportRequest(classifier=tiny_classifier, precisions={"": "int8-dynamic"})
-    with pytest.raises(type(CAUSES[cause])):
-        export_bundle(folder, request, force=True)
+    options = ("--classifier", str(tiny_classifier), "--precision", "int8-dynamic", "--force")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["export", "--out", str(folder), *options])
+    said = capfd.readouterr()
+    assert end.value.code == code and said.out == ""
+    assert said.err.splitlines()[-1].startswith(words.replace("OUT", str(folder))), said.err
     assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    open_manifest(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "temporary"}
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(tiny_classifier, tmp_path):

@@ -11,7 +11,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from mi2rage_export.verify import check_in_process
 from mi2rage_rt import cli
 from mi2rage_rt.samples import write_samples
 from tests.models.tiny_classifier import LABELS, random_samples
+from tests.models.tiny_generator import build_generator
 from tests.runtime.tiny_bundle import build_bundle
 
 Change = Callable[[Path], object]
@@ -55,13 +59,17 @@ def whole_bundle(tmp_path_factory):
     return build_bundle(tmp_path_factory.mktemp("whole") / "bundle", parts=("classifier",))
 
 
-def _tree(place: Path) -> set[Path]:
-    # The libraries keep these two of their own.
-    return {path for path in place.parent.rglob("*") if not {".ses", "torchinductor_root"} & set(path.parts)}
+def _listing(place: Path) -> dict[Path, tuple[int, int] | None]:
+    """Every path there; of files the size and when they were written."""
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+        for path in place.parent.rglob("*")
+        if not {".ses", "torchinductor_root"} & set(path.parts)  # PyTorch keeps these
+    }
 
 
 def _refused(capfd, place: Path, words: tuple[str, ...], *args: object) -> None:
-    before = _tree(place)
+    before = _listing(place)
     with pytest.raises(SystemExit) as end:
         cli.main([str(arg) for arg in args])
     said = capfd.readouterr()
@@ -69,7 +77,7 @@ def _refused(capfd, place: Path, words: tuple[str, ...], *args: object) -> None:
     line = said.err.splitlines()[-1]
     assert line.startswith("error: ") and ";" in line, said.err  # behind it stands what to do
     assert all(word in line for word in words), line
-    assert {path.name for path in _tree(place) - before} <= {"torchinductor_root"}
+    assert _listing(place) == before
 
 
 def _edited(file: str, **fields: Any) -> Change:
@@ -97,6 +105,15 @@ def _without(file: str) -> Change:
 def _emptied(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def _with_part_of_another(part: str, **options: Any) -> Change:
+    def change(folder: Path) -> None:
+        other = build_generator(folder.parent / "other", **options)
+        shutil.rmtree(folder / part)
+        (other / part).rename(folder / part)
+
+    return change
 
 
 def _with_larger_ids(file: str) -> Change:
@@ -148,6 +165,16 @@ FOLDERS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
         "generator",
         _with_larger_ids("tokenizer/tokenizer.json"),
         ("PyTorch cannot run it", "index out of range"),
+    ),
+    "another generator's text encoder": (
+        "generator",
+        _with_part_of_another("text_encoder", text_width=48),
+        ("PyTorch cannot run it", "48", "all from one place"),
+    ),
+    "another generator's autoencoder": (
+        "generator",
+        _with_part_of_another("vae", vae="tiny"),
+        ("cannot be loaded", "check the folder"),
     ),
     "image height that does not fit": ("generator", _edited("mi2rage.json", height=20), ("20 x 24", "multiples of 8")),
     "image height no number": ("generator", _edited("mi2rage.json", height="tall"), ("cannot be loaded", "TypeError")),
@@ -250,6 +277,32 @@ def test_a_full_disk_is_named_and_new_parents_go(place):
     assert caught.value.filename == str(out) and list(place.iterdir()) == []
 
 
+def test_termination_clears_up_and_ends_the_check(place, whole_bundle, monkeypatch):
+    """A container is stopped by SIGTERM, of which the process that checks hears nothing."""
+    (place / "slow").write_text("#!/bin/sh\necho $$ > slow.tmp\nmv slow.tmp pid\nexec sleep 60\n", encoding="utf-8")
+    (place / "slow").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(place / "slow"))
+
+    def terminate() -> None:
+        while not (place / "pid").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        destination.destination(place / "new" / "bundle", force=False) as taken,
+    ):
+        taken.parent.mkdir()
+        check_in_process(whole_bundle)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before and not (place / "new").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((place / "pid").read_text(encoding="utf-8")), 0)
+
+
 def test_a_link_is_followed(place):
     (place / "real").mkdir()
     (place / "link").symlink_to("real")
@@ -288,8 +341,10 @@ def test_a_check_that_is_killed(place, whole_bundle, monkeypatch):
     (place / "killed").write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
     (place / "killed").chmod(0o755)
     monkeypatch.setattr("sys.executable", str(place / "killed"))
-    with pytest.raises(EngineError, match=r"the process that checks it ended .*-9.*is there enough memory"):
+    before = _listing(place)
+    with pytest.raises(EngineError, match=r"the process that checks it ended .*-9.*is there enough memory") as caught:
         check_in_process(whole_bundle)
+    assert caught.value.exit_code == 1 and _listing(place) == before
 
 
 def _with_cut_external_data(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
+from mi2rage_engines import plan_cache
 from mi2rage_engines.bundle import open_manifest
 from mi2rage_engines.errors import BundleError, EngineError, InputError
 from mi2rage_engines.plan import Present, check_plan, read_record
@@ -158,8 +159,9 @@ def test_plans_that_stand_are_replaced_only_by_force(bundle: Path, cache: Path) 
 def test_a_graph_that_is_refused_leaves_those_before_it_whole(bundle: Path) -> None:
     before = tree(bundle)
     replace(bundle, "classifier/model.onnx", b"no graph")
-    with pytest.raises(EngineError, match=r"classifier/classifier: .*cannot parse"):
+    with pytest.raises(EngineError, match=r"classifier/classifier: .*cannot parse") as caught:
         build_bundle(bundle, settings(graphs=("vision", "classifier")))
+    assert caught.value.exit_code == 1
     names = {f"plans/sm89/captioner-vision.{suffix}" for suffix in ("plan", "json", "log")}
     assert tree(bundle) - before == names | {"plans", "plans/sm89"}
 
@@ -233,9 +235,10 @@ def test_what_stands_in_the_way_of_a_plan_is_refused_early(
     monkeypatch.setattr(build_module, "build_plan", None)
     block(bundle)
     before = tree(bundle)
-    with pytest.raises(InputError, match=r"sm89/generator-unet\.plan: cannot be written; expected a folder that takes"):
+    words = r"sm89/generator-unet\.plan: cannot be written; expected a folder that takes"
+    with pytest.raises(InputError, match=words) as caught:
         build_bundle(bundle, settings(graphs=("unet",), force=True))
-    assert tree(bundle) == before
+    assert caught.value.exit_code == 2 and tree(bundle) == before
 
 
 def test_a_bundle_behind_a_link_and_a_graph_behind_another(bundle: Path, tmp_path: Path) -> None:
@@ -279,6 +282,8 @@ def test_two_builders_at_once_end_with_one_build(bundle: Path, cache: Path) -> N
         subprocess.Popen([sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     answers = sorted(run.communicate(timeout=60)[0].strip() for run in runs)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert tree(bundle / "plans") == {"sm89", *(f"sm89/generator-unet.{suffix}" for suffix in ("plan", "json", "log"))}
     assert answers in (["built", "cached"], ["built", "kept"])
     result = build_bundle(bundle, settings(graphs=("unet",)))[0]
     assert result.how == "kept" and len(list((cache / "entries").iterdir())) == 1
@@ -338,26 +343,102 @@ def test_the_command_refuses_plans_that_do_not_belong(call: Any, tmp_path: Path,
         ({"precision": "fp99"}, "the record is damaged"),
     ):
         record.write_text(json.dumps({**whole, "request": {**whole["request"], **change}}))
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         code, out, err = call(*args)
         assert code == 2 and out == "" and words in err
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
         assert f"build it again: mi2rage-rt build '{folder}'" in err and "--force" in err
     assert call(*args, "--force")[0] == 0 and call(*args)[0] == 0
 
 
-def test_the_command_refuses(call: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "target of another backend": (("--target", "sm90"), "Hopper"),
+    "unknown target": (("--target", "sm99"), "expected sm75"),
+    "no GPU": (("--target", "this"), "no GPU here"),
+    "cache limit no size": (("--cache-limit", "much"), "expected 1B to 1000000TB, e.g. 20GB"),
+    "cache limit without end": (("--cache-limit", "9" * 400 + "GB"), "expected 1B to 1000000TB, e.g. 20GB"),
+    "workspace too large": (("--workspace", "99999999TB"), "expected 1B to 1000000TB, e.g. 20GB"),
+    "optimization level": (("--target", "sm89", "--optimization-level", "6"), "--optimization-level"),
+    "unknown graph": (("--target", "sm89", "--graph", "vae"), "no graph vae"),
+    "unknown axis": (("--target", "sm89", "--profile", "hight=4"), "no graph has an axis hight"),
+    "impossible profile": (("--target", "sm89", "--profile", "batch=4:2:1"), "min <= opt <= max"),
+    "profile beyond TensorRT": (("--target", "sm89", "--profile", "batch=1:4:3000000000"), "at most 2147483647"),
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+def test_the_command_refuses(call: Any, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    args, words = REFUSED[way]
+    monkeypatch.setattr(build_module, "find_device", lambda: None)
+    before = tree(bundle)
+    code, out, err = call("build", bundle, "--backend", "tensorrt-rtx", *args)
+    assert code == 2 and out == "" and words in err and len(err) < 1000
+    assert tree(bundle) == before and not cache.exists()
+
+
+def test_the_command_names_a_missing_extra(call: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    before = tree(bundle)
     code, _, err = call("build", bundle, "--backend", "tensorrt")
-    assert code == 2 and "pip install 'mi2rage-rt[tensorrt]'" in err
-    for args, words in (
-        (("--target", "sm90"), "Hopper"),
-        (("--cache-limit", "much"), "20GB"),
-        (("--cache-limit", "9" * 400 + "GB"), "20GB"),
-        (("--workspace", "99999999TB"), "20GB"),
-        (("--target", "sm89", "--optimization-level", "6"), "--optimization-level"),
-        (("--target", "sm89", "--graph", "vae"), "no graph vae"),
-    ):
-        code, out, err = call("build", bundle, "--backend", "tensorrt-rtx", *args)
-        assert code == 2 and out == "" and words in err
-    scarce = ("--target", "sm89", "--graph", "unet", "--workspace", "1B")
-    code, _, err = call("build", bundle, "--backend", "tensorrt-rtx", *scarce)
-    assert code == 1 and "larger --workspace" in err and not (bundle / "plans").exists()
+    assert code == 2 and "pip install 'mi2rage-rt[tensorrt]'" in err and tree(bundle) == before
+
+
+UNET = ("--backend", "tensorrt-rtx", "--target", "sm89", "--graph", "unet")
+
+
+def test_the_command_when_the_builder_gives_up(call: Any, bundle: Path, cache: Path) -> None:
+    before = tree(bundle)
+    code, _, err = call("build", bundle, *UNET, "--workspace", "1B")
+    assert code == 1 and "larger --workspace" in err
+    assert tree(bundle) == before and not (cache / "entries").exists()
+
+
+def test_the_command_goes_on_without_a_cache(call: Any, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, err = call("build", bundle, *UNET, "--cache", tmp_path / "file")
+    assert code == 0 and "built" in out and "the plan cache cannot be used" in err and "--cache" in err
+    assert plan_path(bundle, "sm89", "generator/unet").is_file() and (tmp_path / "file").read_bytes() == b""
+
+
+def fail(error: BaseException) -> Callable[..., Any]:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return failing
+
+
+PHASES = {
+    "loading the backend": (build_module, "open_api"),
+    "waiting for another builder": (plan_cache, "_locked"),
+    "building": (build_module, "build_plan"),
+    "storing in the cache": (plan_cache, "write_content"),
+    "writing the plan": (build_module, "write_content"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("old", [False, True])
+def test_ctrl_c_in_each_phase(
+    call: Any, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, phase: str, old: bool
+) -> None:
+    if old:
+        assert call("build", bundle, *UNET)[0] == 0
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    entries = tree(cache / "entries")
+    with monkeypatch.context() as patch:
+        patch.setattr(*PHASES[phase], fail(KeyboardInterrupt()))
+        code, out, err = call("build", bundle, *UNET, "--tf32", "--force")
+    assert code == 130 and out == "" and err.splitlines()[-1].startswith("interrupted; ")
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    assert (bundle / "plans").exists() == old
+    # A build that was finished is kept in the cache, whole: its folder, plan, record, log and index.
+    assert len(tree(cache / "entries") - entries) == (5 if phase == "writing the plan" else 0)
+    assert call("build", bundle, *UNET, "--tf32", "--force")[0] == 0
+
+
+def test_the_command_on_a_full_disk(call: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(bundle)
+    monkeypatch.setattr(build_module, "write_content", fail(OSError(errno.ENOSPC, "No space left on device", "x.plan")))
+    code, out, err = call("build", bundle, *UNET)
+    assert code == 1 and out == "" and "error: x.plan: No space left on device; nothing half-written" in err
+    assert tree(bundle) == before

@@ -90,6 +90,9 @@ def test_unusable_arguments(captioner: RuntimeCaptioner) -> None:
     for options in (CaptionOptions(top_p=0.0), CaptionOptions(temperature=0.0), CaptionOptions(batch_size=0)):
         with pytest.raises(InputError, match="expected"):
             captioner.caption([BRIGHT], options=options)
+    for options in (CaptionOptions(max_new_tokens=0), CaptionOptions(beams=0)):
+        with pytest.raises(InputError, match="expected"):
+            captioner.caption([BRIGHT], options=options)
 
 
 class NoNumbers:
@@ -146,6 +149,9 @@ def test_a_graph_with_preprocessing_is_given_images_by_size(captioner: RuntimeCa
     images = [wide, DARK, wide, large, DARK, BRIGHT]  # the last is resized by rows first
     assert inside.caption(images) == captioner.caption(images)
     assert vision.shapes == [(2, 7, 9, 3), (2, 5, 8, 3), (2, 6, 6, 3)]
+    # What images of one size give stays where it is: no other engine's memory is copied to the host and back.
+    assert inside._look([wide, wide]).keys() == {"cross_keys", "cross_values"}
+    assert not any(isinstance(array, np.ndarray) for array in inside._look([wide, wide]).values())
     vision.inputs = vision.inputs[:2]
     with pytest.raises(EngineError, match="has no input columns"):
         RuntimeCaptioner(spec, {"vision": vision, "decoder": captioner._decoders["decoder"]}, captioner._tokenizer)

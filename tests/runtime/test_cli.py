@@ -182,6 +182,69 @@ def test_generate(call: Any, bundle_folder: Path, tmp_path: Path) -> None:
     assert (load_image(out / "000000.png") != first).any()
 
 
+def test_generate_guides_part_of_the_steps(call: Any, bundle_folder: Path, tmp_path: Path) -> None:
+    base = ("generate", bundle_folder, "a red car", "the sea", "--steps", 5, "--json", "--out")
+    whole = call(*base, tmp_path / "whole").document["images"]
+    half = call(*base, tmp_path / "half", "--guidance-interval", "0:0.5").document["images"]
+    same = call(*base, tmp_path / "same", "--guidance-interval", "0:1").document["images"]
+    never = call(*base, tmp_path / "never", "--guidance", 1).document["images"]
+    assert [row["guidance_interval"] for row in half] == [[0.0, 0.5]] * 2
+    assert not any("guidance_interval" in row for row in whole + never) and same == whole
+    assert len({rows[0]["sha256"] for rows in (whole, half, never)}) == 3
+    for text, words in {"0.5": "FIRST:LAST", "0.5:0.2": "rising order", "nan:1": "rising order"}.items():
+        assert_refused(call(*base, tmp_path / "refused", "--guidance-interval", text), text, words)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ((), [8, 3]),
+        (("--batch-size", 4), [4, 4, 3]),
+        (("--memory", "64TB"), [11]),
+        (("--memory", "64TB", "--batch-size", 6), [6, 5]),
+        (("--memory", "64TB", "--batch-size", "auto"), None),
+        (("--batch-size", "auto"), None),
+    ],
+    ids=str,
+)
+def test_generate_makes_batches(
+    call: Any,
+    bundle_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[Any, ...],
+    sizes: list[int] | None,
+) -> None:
+    from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
+
+    original: Any = RuntimeGenerator.generate
+    calls: list[tuple[int, GenerateOptions]] = []
+
+    def generate(self: Any, prompts: list[str], seeds: list[int], options: GenerateOptions) -> Any:
+        calls.append((len(prompts), options))
+        return original(self, prompts, seeds, options)
+
+    monkeypatch.setattr(RuntimeGenerator, "generate", generate)
+    prompts = [str(number) for number in range(11)]
+    answer = call("generate", bundle_folder, *prompts, "--out", tmp_path / "out", *given, "--json")
+    assert answer.code == 0, answer.err
+    assert sum(size for size, _ in calls) == 11 == len(answer.document["images"])
+    if sizes is not None:
+        assert [size for size, _ in calls] == sizes
+    assert {options.memory_bytes for _, options in calls} == {64 * 10**12 if "--memory" in given else None}
+    assert all((options.batch_size == "auto") == ("auto" in given) for _, options in calls)
+
+
+def test_generate_refuses_unusable_batches(call: Any, bundle_folder: Path, tmp_path: Path) -> None:
+    base = ("generate", bundle_folder, *"abcd", "--out", tmp_path / "out")
+    for text in ("0", "-1", "many", "1.5", ""):
+        assert_refused(call(*base, "--batch-size", text), f"batch size '{text}'", "or auto")
+    assert_refused(call(*base, "--memory", "much"), "size 'much'", "20GB")
+    assert_refused(call(*base, "--memory", "1MB"), "memory limit 0.001 GB", "one row takes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_generate_refuses_before_it_writes(call: Any, bundle_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     base = ("generate", bundle_folder, "--out", out)
@@ -223,6 +286,42 @@ def test_caption(call: Any, bundle_folder: Path, data: Path) -> None:
     assert call(*args, "--prefix", "the", "--json").document["captions"][0]["caption"].startswith("the")
     sampled = [call(*args, "--sample", "--top-p", 1, "--seed", seed, "--json").out for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_caption_with_beams(call: Any, bundle_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mi2rage_rt.captioner import BeamSearch
+
+    original, searches = BeamSearch.__init__, []
+
+    def search(self: Any, images: int, settings: Any, *args: Any) -> None:
+        searches.append((images, settings.beams))
+        original(self, images, settings, *args)
+
+    monkeypatch.setattr(BeamSearch, "__init__", search)
+    args = ("caption", bundle_folder, data / "white.png", data / "dark.png", "--json")
+    # In the hand-made bundle the next word is the likeliest by far: beams find what greedy decoding finds.
+    assert call(*args, "--beams", 3).out == call(*args).out == call(*args, "--beams", 1).out
+    assert searches == [(2, 3)]
+    assert_refused(call(*args, "--beams", 2, "--sample"), "--beams 2", "--sample", "leave one out")
+    assert call(*args, "--beams", 1, "--sample").code == 0
+    assert_refused(call(*args, "--beams", 12), "beams 12", "knows 23 tokens")
+    assert call(*args, "--beams", 0).code == 2
+
+
+def test_fast_jpeg(call: Any, bundle_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mi2rage_rt import jobs
+
+    enough = []
+
+    def load(path: Path, at_least: tuple[int, int] | None = None) -> Any:
+        enough.append(at_least)
+        return load_image(path, at_least)
+
+    monkeypatch.setattr(jobs, "load_image", load)
+    for args in (("caption", bundle_folder, data / "white.png"), ("predict", bundle_folder, data / "rows.jsonl")):
+        assert call(*args, "--json").out == call(*args, "--fast-jpeg", "--json").out
+        assert enough == [None, (12, 12)]  # twice the 6 px that both models take
+        enough.clear()
 
 
 def test_caption_refuses_bad_images(call: Any, bundle_folder: Path, data: Path) -> None:

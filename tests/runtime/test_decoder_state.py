@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mi2rage_engines.engine import HostEngine
+from mi2rage_engines.engine import Engine, HostEngine
 from mi2rage_engines.errors import InputError
 from mi2rage_engines.spec import AxisRange, GraphSpec, TensorSpec
 from mi2rage_rt.bundle import Bundle
+from mi2rage_rt.caption_options import graphs_to_load
 from mi2rage_rt.captioner import CaptionOptions, RuntimeCaptioner
 from mi2rage_rt.decoder_state import room_for
-from tests.runtime.fake_device import FakeDevice
+from tests.runtime.fake_device import FakeArray, FakeDevice
 from tests.runtime.tiny_bundle import WORDS, next_word_table
 
 BRIGHT, DARK = np.full((9, 7, 3), 255, np.uint8), np.zeros((5, 8, 3), np.uint8)
@@ -117,6 +121,59 @@ def test_a_static_cache_has_the_same_shapes_and_buffers_at_every_step(on_host: R
     assert decoder.put_names.count("past_keys") == 2
 
 
+def test_a_static_cache_is_used_again(on_host: RuntimeCaptioner) -> None:
+    """What comes next in the same sizes has the same addresses, so that CUDA graphs hold from call to call."""
+    captioner, decoder = moved(on_host, static=True)
+    vision: Any = captioner._vision
+    for images in ([BRIGHT, DARK], [DARK, DARK], [DARK, BRIGHT], [BRIGHT]):
+        assert captioner.caption(images) == on_host.caption(images)
+    shown = [into for _, into in vision.calls]
+    assert shown[0] == {} and set(shown[1]) == {"cross_keys", "cross_values"} and shown[1] == shown[2]
+    assert shown[3] == {}  # another size
+    pairs = [
+        {into["present_keys"] for shapes, into in decoder.calls if shapes["cross_keys"][1] == rows} for rows in (2, 1)
+    ]
+    assert [len(pair) for pair in pairs] == [2, 2]
+    assert decoder.put_names.count("past_keys") == 4 and decoder.put_names.count("cross_keys") == 0
+    captioner.caption([BRIGHT, DARK], options=CaptionOptions(beams=2))  # grows to four rows, and is not kept
+    assert [rows for rows, _ in captioner._spare] == [1]
+
+
+def test_threads_share_no_cache(on_host: RuntimeCaptioner) -> None:
+    captioner, _ = moved(on_host, static=True)
+    shown = [[BRIGHT, DARK], [DARK, DARK], [DARK, BRIGHT], [BRIGHT, BRIGHT]]
+    expected = [on_host.caption(images) for images in shown]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: captioner.caption(shown[number % 4]), range(80)))
+    finally:
+        sys.setswitchinterval(before)
+    assert answers == expected * 20
+
+
+class OtherArray(FakeArray):
+    """Of another backend."""
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("vision_on", ["host", "device"])
+def test_what_another_backend_gave_is_copied_once(
+    on_host: RuntimeCaptioner, static: bool, vision_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, decoder = moved(on_host, static=static)
+    if vision_on == "host":
+        captioner._vision = on_host._vision
+    else:
+        original = decoder.put
+        monkeypatch.setattr(decoder, "put", lambda array, name: OtherArray(original(array, name).values, []))
+    for _ in range(2):
+        assert captioner.caption([BRIGHT, BRIGHT]) == on_host.caption([BRIGHT, BRIGHT])
+    assert decoder.put_names.count("cross_keys") == 2  # one a call, not one a token
+    assert len(decoder.calls) > 4
+
+
 def test_a_static_cache_is_used_where_it_helps_or_is_asked_for(on_host: RuntimeCaptioner) -> None:
     static = FakeDevice(StaticDecoder())
     both = dict(on_host._decoders, decoder_static=static)
@@ -129,8 +186,32 @@ def test_a_static_cache_is_used_where_it_helps_or_is_asked_for(on_host: RuntimeC
     asked = CaptionOptions(static_cache=True)
     assert captioner.caption(IMAGES, PREFIXES, options=asked) == expected
     assert captioner.caption(IMAGES, PREFIXES, options=dataclasses.replace(asked, beams=2)) == expected
-    with pytest.raises(InputError, match="no graph decoder_static; expected one that was exported"):
+    with pytest.raises(InputError, match="no graph decoder_static is loaded; expected a bundle that was exported with"):
         on_host.caption(IMAGES, options=asked)
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_second_decoder_is_loaded_where_it_is_used(
+    bundle_folder: Path, on_host: bool, asked: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(bundle_folder, threads=1)
+    captioner, _ = moved(bundle.captioner(), static=True)
+    loaded = []
+
+    def open_engine(file: Path) -> Engine:
+        loaded.append(file.name)
+        engine = {"none": StaticDecoder()}.get(file.name) or original(file)
+        return engine if on_host else FakeDevice(engine)
+
+    original = bundle.open_engine
+    monkeypatch.setattr(bundle, "open_engine", open_engine)
+    monkeypatch.setattr(bundle, "manifest", bundle.manifest.model_copy(update={"captioner": captioner.spec}))
+    options = None if asked is None else CaptionOptions(static_cache=asked)
+    assert bundle.captioner(options).caption(IMAGES, PREFIXES) == captioner.caption(IMAGES, PREFIXES)
+    assert loaded.count("none") == (not on_host if asked is None else asked) and len(loaded) <= 3
+    alone = captioner.spec.model_copy(update={"graphs": {"decoder_static": captioner.spec.graphs["decoder_static"]}})
+    assert list(graphs_to_load(alone, options, on_host=on_host)) == ["decoder_static"]
 
 
 def test_the_room_of_a_static_cache(on_host: RuntimeCaptioner) -> None:

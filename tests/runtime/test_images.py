@@ -107,15 +107,24 @@ HALF = (0.5, 0.5, 0.5)
         ImagePreprocessing(height=32, width=32, resize="shortest_edge", shortest_edge=32, mean=HALF, std=HALF),
         ImagePreprocessing(height=47, width=32, resize="shortest_edge", shortest_edge=32, mean=HALF, std=HALF),
         ImagePreprocessing(height=32, width=32, resize="shortest_edge", shortest_edge=40, mean=HALF, std=HALF),
+        ImagePreprocessing(height=28, width=33, resize="shortest_edge", shortest_edge=41, mean=HALF, std=HALF),
+        ImagePreprocessing(height=50, width=33, resize="shortest_edge", shortest_edge=40, mean=HALF, std=HALF),
+        ImagePreprocessing(height=50, width=60, resize="shortest_edge", shortest_edge=40, mean=HALF, std=HALF),
     ],
-    ids=["exact", "square", "tall", "cut"],
+    ids=["exact", "square", "tall", "cut", "odd", "taller", "padded"],
 )
 def test_fitted_images_give_the_same_pixel_values(spec: ImagePreprocessing) -> None:
-    given = [noise(100, 100), noise(37, 91), noise(150, 64), noise(20, 24), noise(spec.height, spec.width)]
+    sizes = [(100, 100), (37, 91), (150, 64), (20, 24), (40, 41), (41, 40), (1, 90), (spec.height, spec.width)]
+    sizes += [(40 + n, 113 - n) for n in range(73)]
+    given = [noise(height, width) for height, width in sizes]
     small = [fitted(image, spec) for image in given]
     np.testing.assert_array_equal(pixel_values(small, spec), pixel_values(given, spec))
-    if spec.shortest_edge != 40:  # resizing what was cut out would change it
+    edge = spec.shortest_edge
+    if edge in (None, min(spec.height, spec.width)):
         assert {image.shape for image in small} == {(spec.height, spec.width, 3)}
+    else:  # what was cut out would be resized again, what is as short as it should be is not
+        assert {min(image.shape[:2]) for image in small} == {edge}
+        assert max(max(image.shape[:2]) for image in small) <= max(edge, spec.height, spec.width) + 1
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
