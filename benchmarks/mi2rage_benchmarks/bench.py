@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mi2rage_benchmarks.baselines import ROLES, given_sources, load_baselines
-from mi2rage_benchmarks.cells import CellRunner, held_against
+from mi2rage_benchmarks.cells import CellRunner
 from mi2rage_benchmarks.environment import environment
-from mi2rage_benchmarks.limits import GemmRate
+from mi2rage_benchmarks.isolated import CellTask, isolated_cell, torch_threads
+from mi2rage_benchmarks.limits import Ceilings
 from mi2rage_benchmarks.memory import MemoryTask, peaks_of, soak_of
-from mi2rage_benchmarks.report import EAGER, BenchCell, BenchReport, MemoryRow
+from mi2rage_benchmarks.probes import Pace
+from mi2rage_benchmarks.report import EAGER, BenchCell, BenchReport, MemoryRow, held_against
 from mi2rage_benchmarks.sides import BundleSide, bundle_sides
 from mi2rage_benchmarks.subjects import SUBJECTS, Subject, chosen_subjects
-from mi2rage_benchmarks.work import WorkOptions
+from mi2rage_benchmarks.work import Work, WorkOptions
 from mi2rage_engines.errors import InputError, require
 from mi2rage_engines.ort_engine import usable_cores
+from mi2rage_rt import progress
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,9 @@ class BenchRequest:
         steps: denoising steps of whole generations; None takes the bundle's own.
         tokens: of a caption, at most. texts, links: of the chain.
         threads: CPU threads of every side; None takes the cores this process may use.
-        repeats: timed calls a side and cell.
+        repeats, budget_seconds: how long a cell is timed, see `Pace`; with neither until all is known, in 20 s at most.
+        isolated: whether each cell has a process of its own, where a crash is its own too.
+        again: whether the first bundle is a side twice, to see what a difference is that is none.
         memory: whether peaks of memory are measured too, of the whole calls.
         soak: classifications after which memory is looked at; None leaves it out.
         seed: of inputs.
@@ -59,19 +64,24 @@ class BenchRequest:
     texts: int = 64
     links: int = 2
     threads: int | None = None
-    repeats: int = 30
+    repeats: int | None = None
+    budget_seconds: float | None = None
+    isolated: bool = False
+    again: bool = False
     memory: bool = False
     soak: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"repeats": self.repeats, "tokens": self.tokens, "texts": self.texts, "links": self.links}
+        numbers = {"tokens": self.tokens, "texts": self.texts, "links": self.links}
         numbers |= {f"batch size {size}": size for size in self.batch_sizes}
-        optional = {"threads": self.threads, "steps": self.steps, "soak": self.soak}
+        optional = {"repeats": self.repeats, "threads": self.threads, "steps": self.steps, "soak": self.soak}
         numbers |= {name: value for name, value in optional.items() if value is not None}
         for name, value in numbers.items():
             if value < 1:
                 raise InputError(f"{name}: {value} is too small; expected 1 or more")
+        if self.budget_seconds is not None and not 0 < self.budget_seconds < float("inf"):
+            raise InputError(f"budget: {self.budget_seconds} s is no time to measure in; expected seconds above 0")
 
     @property
     def options(self) -> WorkOptions:
@@ -79,74 +89,145 @@ class BenchRequest:
         return WorkOptions(self.steps, self.tokens, self.texts, self.links, self.seed)
 
     @property
+    def pace(self) -> Pace:
+        """How long a cell is timed."""
+        if self.repeats is None and self.budget_seconds is None:
+            return Pace()
+        return Pace(self.repeats, self.budget_seconds)
+
+    @property
     def sources(self) -> dict[str, str]:
         """The models that were named, by role; raises as `given_sources`."""
         return given_sources({role: getattr(self, role) for role in ROLES}, self.random_weights, self.seed)
 
 
-def run_bench(bundle: Path | str, request: BenchRequest | None = None) -> BenchReport:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """What the cells of a run share."""
+
+    request: BenchRequest
+    sides: Sequence[BundleSide]
+    subjects: Sequence[Subject]
+    given: dict[str, str]
+    threads: int
+
+    def works(self) -> Iterator[tuple[Subject, int, int, Work]]:
+        """Every cell's subject, batch size, number among the subject's works at that size, and work."""
+        for subject in self.subjects:
+            for size in _sizes(subject, self.request):
+                for number, work in enumerate(subject.works(self.sides[0], size, self.request.options)):
+                    yield subject, size, number, work
+
+
+def run_bench(bundle: Path | str, request: BenchRequest | None = None, *, command: str | None = None) -> BenchReport:
     """Compare bundles with the models they were exported from, in one run.
+
+    Args:
+        command: what the report says it was made by.
 
     Raises:
         InputError: a model was not given and cannot be found, a subject is not known, or a number is out of range.
         BundleError: a bundle is not whole, or lacks what a subject takes.
         ModelFolderError: a model cannot be loaded.
-        ParityError: a bundle in fp32 answers differently from the model it is compared with.
+        ParityError: a bundle in fp32 answers differently from the model it is compared with; where cells have processes
+            of their own, that is a row.
     """
+    start = time.monotonic()
     request = request or BenchRequest()
     require("torch", "train")
     threads = request.threads or usable_cores()
     given = request.sources
     sides = bundle_sides([Path(bundle), *request.also], threads)
     subjects = chosen_subjects(request.subjects, tuple(given), sides)
-    roles = tuple(role for role in ROLES if any(role in subject.roles for subject in subjects))
-    models = load_baselines(roles, given, sides[0].manifest)
     found = environment(threads)
     if float(found.get("cores busy at start", 0)) > 0.5:
         logger.warning(
             "other processes keep %s of the machine's cores busy: the times will be long and scattered",
             found["cores busy at start"],
         )
-    with _torch_threads(threads):
-        runner = CellRunner(models, sides, request.compile, GemmRate(), request.repeats)
-        cells = [cell for subject in subjects for cell in _cells(subject, runner, request)]
-    del models
+    run = _Run(request, sides, subjects, given, threads)
+    cells, gflops, gbps = _isolated_cells(run) if request.isolated else _cells(run)
     return BenchReport(
-        cells=tuple(held_against(cell, runner.gemm.gflops) for cell in cells),
+        cells=tuple(held_against(cell, gflops, gbps) for cell in cells),
         environment=found,
         seed=request.seed,
-        gemm_gflops=runner.gemm.gflops,
+        gemm_gflops=gflops,
+        copy_gbps=gbps,
         memory=tuple(_memory(subjects, sides, given, request)) if request.memory else (),
         soak=tuple(
             soak_of(side.name, _task(side, request).model_copy(update={"kind": "soak", "requests": request.soak}))
             for side in sides
             if request.soak is not None
         ),
+        command=command,
+        isolated=request.isolated,
+        seconds=time.monotonic() - start,
     )
 
 
-@contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    import torch
+def _cells(run: _Run) -> tuple[list[BenchCell], float, float]:
+    """The cells in this process, and the run's ceilings."""
+    request = run.request
+    roles = tuple(role for role in ROLES if any(role in subject.roles for subject in run.subjects))
+    models = load_baselines(roles, run.given, run.sides[0].manifest)
+    sides = bundle_sides([side.folder for side in run.sides], run.threads, again=request.again)
+    cells, last = [], None
+    with torch_threads(run.threads):
+        ceilings = Ceilings()
+        runner = CellRunner(models, sides, request.compile, ceilings, request.pace)
+        for subject, _, _, work in run.works():
+            if subject is not last:
+                for side in sides:
+                    side.release()
+            cells.append(runner.run(subject.name, work))
+            last = subject
+    return cells, ceilings.gemm.gflops, ceilings.copy.gbps
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+
+def _isolated_cells(run: _Run) -> tuple[list[BenchCell], float, float]:
+    """The cells, each by a process of its own, and the run's ceilings."""
+    request, pace = run.request, run.request.pace
+    cells, gflops, gbps = [], 0.0, 0.0
+    for subject, size, number, work in progress.track(list(run.works()), "cells"):
+        task = CellTask(
+            bundles=tuple(str(side.folder) for side in run.sides),
+            sources=run.given,
+            subject=subject.name,
+            batch_size=size,
+            work=number,
+            options=request.options,
+            threads=run.threads,
+            again=request.again,
+            compile=request.compile,
+            repeats=pace.repeats,
+            budget_seconds=pace.budget_seconds,
+        )
+        answer = isolated_cell(task)
+        if answer.refused is not None:
+            raise InputError(answer.refused)
+        if answer.failed is not None:
+            logger.warning("%s, batch %d failed: %s", work.title, work.batch_size, answer.failed)
+        cells.append(answer.cell or _failed(subject, work, answer.failed or "its process gave no cell"))
+        gflops, gbps = max(gflops, answer.gflops), max(gbps, answer.gbps)
+    return cells, gflops, gbps
+
+
+def _failed(subject: Subject, work: Work, reason: str) -> BenchCell:
+    return BenchCell(
+        subject=subject.name,
+        title=work.title,
+        kind=work.kind,
+        batch_size=work.batch_size,
+        sizes=work.sizes,
+        items=work.items,
+        flop=0,
+        sides=(),
+        failed=reason,
+    )
 
 
 def _sizes(subject: Subject, request: BenchRequest) -> tuple[int, ...]:
     return request.batch_sizes if subject.batched else (1,)
-
-
-def _cells(subject: Subject, runner: CellRunner, request: BenchRequest) -> Iterator[BenchCell]:
-    for size in _sizes(subject, request):
-        for work in subject.works(runner.sides[0], size, request.options):
-            yield runner.run(subject.name, work)
-    for side in runner.sides:
-        side.release()
 
 
 def _task(side: BundleSide, request: BenchRequest) -> MemoryTask:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mi2rage_benchmarks.limits import GemmRate
-from mi2rage_benchmarks.probes import Timing, call_ms, ratio_of, time_alternating
+from mi2rage_benchmarks.limits import Ceilings
+from mi2rage_benchmarks.probes import Pace, Timing, call_ms, ratio_of, time_alternating
 from mi2rage_benchmarks.report import EAGER, BenchCell, SideResult
-from mi2rage_benchmarks.sides import BundleSide, Clocked, compiled
+from mi2rage_benchmarks.sides import AGAIN, BundleSide, Clocked, compiled
+from mi2rage_benchmarks.stages import stages_of_torch
+from mi2rage_benchmarks.watch import Watch
 from mi2rage_benchmarks.work import GENERATION_ALONE, Call, Work
 from mi2rage_engines.bundle import ParityRecord
 from mi2rage_engines.errors import EngineError, ParityError
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["COMPILED", "CellRunner", "held_against"]
+__all__ = ["COMPILED", "CellRunner"]
 
 COMPILED = "torch.compile"
 
@@ -35,7 +38,10 @@ class _Entry:
     call: Call | None = None
     failed: str | None = None
     checks: tuple[ParityRecord, ...] = ()
+    load_ms: float | None = None
     first_ms: float | None = None
+    of_part: bool = False
+    stages_ms: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def fail(self, reason: str) -> None:
         self.call, self.failed = None, " ".join(reason.split())[:300]
@@ -50,15 +56,15 @@ class CellRunner:
         models: the PyTorch models by role.
         sides: the bundles.
         compile: whether `torch.compile` is a side too.
-        gemm: the run's ceiling, sampled between turns.
-        repeats: timed calls a side and cell.
+        ceilings: of the run, sampled between turns.
+        pace: how long to time.
     """
 
     models: Mapping[str, Any]
     sides: Sequence[BundleSide]
     compile: bool
-    gemm: GemmRate
-    repeats: int
+    ceilings: Ceilings
+    pace: Pace
 
     def run(self, subject: str, work: Work) -> BenchCell:
         """Compare, time and count one work.
@@ -67,6 +73,7 @@ class CellRunner:
             ParityError: a bundle in fp32 answers differently from the models: it was exported from others.
             BundleError: a bundle does not take what the models take.
         """
+        start = time.monotonic()
         models = {role: self.models[role] for role in work.roles}
         eager = _Entry(EAGER, work.on_torch(models))
         expected, counter = work.count(models)
@@ -76,12 +83,20 @@ class CellRunner:
         for side in self.sides:
             entries += self._of_bundle(work, side, expected)
         timed = [entry for entry in entries if entry.call is not None]
+        watch, products = Watch(), len(self.ceilings.gemm.samples_gflops)
+
+        def between() -> None:
+            self.ceilings.sample()
+            watch.look()
+
         timings = time_alternating(
             [entry.call for entry in timed if entry.call is not None],
-            repeats=self.repeats,
-            between=self.gemm.sample,
+            pace=self.pace,
+            between=between,
             label=f"{work.title}, batch {work.batch_size}",
         )
+        if work.kind == "whole" and len(work.roles) == 1:  # a chain's stages lie side by side, and add up to nothing
+            eager.stages_ms = stages_of_torch(models, work)
         found = {entry.name: timing for entry, timing in zip(timed, timings, strict=True)}
         return BenchCell(
             subject=subject,
@@ -91,7 +106,10 @@ class CellRunner:
             sizes=work.sizes,
             items=work.items,
             flop=counter.flop,
+            moved_bytes=counter.moved_bytes,
             sides=tuple(self._result(entry, found) for entry in entries),
+            conditions=watch.conditions(self.ceilings.gemm.samples_gflops[products:]),
+            seconds=time.monotonic() - start,
         )
 
     def _compiled(self, work: Work, models: Mapping[str, Any], expected: Any) -> _Entry:
@@ -113,8 +131,10 @@ class CellRunner:
 
     def _of_bundle(self, work: Work, side: BundleSide, expected: Any) -> list[_Entry]:
         main = _Entry(side.name)
+        start = time.monotonic()
         try:
             calls = work.on_bundle(side)
+            main.load_ms = 1000 * (time.monotonic() - start)
             call = calls.pop("")
             main.call = call if work.kind == "graph" or calls else Clocked(call, side.clock)
             main.first_ms, answer = _timed_answer(main.call)
@@ -126,36 +146,29 @@ class CellRunner:
         if reason := _broken(main.checks):
             _refuse_other_model(work, side, precision, reason)
             main.fail(reason)
-        return [main, *(_Entry(f"{side.name}, {name}", other) for name, other in calls.items())]
+        return [main, *(_Entry(f"{side.name}, {name}", other, of_part=True) for name, other in calls.items())]
 
     def _result(self, entry: _Entry, found: Mapping[str, Timing]) -> SideResult:
         timing = found.get(entry.name)
         if timing is None:
-            return SideResult(name=entry.name, failed=entry.failed, checks=entry.checks)
+            return SideResult(name=entry.name, of_part=entry.of_part, failed=entry.failed, checks=entry.checks)
         alone = found.get(f"{entry.name}, {GENERATION_ALONE}")
+        itself = found.get(entry.name.removesuffix(AGAIN)) if entry.name.endswith(AGAIN) else None
         outside_ms, outside_share = _outside(entry.call)
         return SideResult(
             name=entry.name,
+            of_part=entry.of_part,
             checks=entry.checks,
+            load_ms=entry.load_ms,
             first_ms=entry.first_ms,
             timing=timing,
             ratio=None if entry.name == EAGER else ratio_of(found[EAGER], timing),
+            stages_ms=entry.stages_ms or _stages(entry.call),
             outside_ms=outside_ms,
             outside_share=outside_share,
             of_generation=None if alone is None else ratio_of(alone, timing),
+            of_itself=None if itself is None else ratio_of(itself, timing),
         )
-
-
-def held_against(cell: BenchCell, gflops: float) -> BenchCell:
-    """The cell with each side's fraction of a run's ceiling, which is known when the run ends."""
-
-    def held(side: SideResult) -> SideResult:
-        # Of a part of the work the operations were not counted.
-        if side.timing is None or side.name.endswith(f", {GENERATION_ALONE}"):
-            return side
-        return side.model_copy(update={"gemm_fraction": cell.flop / side.timing.median_ms / 1e6 / gflops})
-
-    return cell.model_copy(update={"sides": tuple(map(held, cell.sides))})
 
 
 def _timed_answer(call: Call) -> tuple[float, Any]:
@@ -186,3 +199,12 @@ def _outside(call: Call | None) -> tuple[float | None, float | None]:
         return None, None
     outside, total = np.array(call.outside_ms[1:]), np.array(call.total_ms[1:])
     return float(np.median(outside)), float(np.median(outside / total))
+
+
+def _stages(call: Call | None) -> dict[str, float]:
+    """Median milliseconds in each engine of a clocked call; its first time is left out."""
+    if not isinstance(call, Clocked):
+        return {}
+    made = call.stages_ms[1:]
+    names = dict.fromkeys(name for stages in made for name in stages)
+    return {name: float(np.median([stages.get(name, 0.0) for stages in made])) for name in names}

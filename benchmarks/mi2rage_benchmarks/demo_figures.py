@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mi2rage_engines.errors import require
+from mi2rage_benchmarks.svg import BLUE, GREEN, GREY, INK, new_axes, svg_text
 
 if TYPE_CHECKING:
     from mi2rage_benchmarks.demo import Student
 
 __all__ = ["LatencyRow", "f1_figure", "latency_figure", "links_figure", "scores_figure"]
-
-_BLUE, _GREEN, _GREY, _INK = "#2f6fdb", "#1a7f4b", "#a8afbb", "#1d2330"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +32,11 @@ class LatencyRow:
     ratio_high: float | None
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    # The Figure class alone: pyplot keeps global state and may look for a display.
-    matplotlib = require("matplotlib", "bench")
-    matplotlib.rcParams.update({"svg.hashsalt": "mi2rage-rt", "font.size": 10, "svg.fonttype": "path"})
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def f1_figure(students: Sequence[Student]) -> str:
     """Bars of test F1 by student."""
-    figure, axes = _axes(5.2, 3.2)
+    figure, axes = new_axes(5.2, 3.2)
     colours = [
-        _GREEN if student.name == "MI2RAGE" else _BLUE if student.name == "direct" else _GREY for student in students
+        GREEN if student.name == "MI2RAGE" else BLUE if student.name == "direct" else GREY for student in students
     ]
     values = [100 * student.metrics.f1 for student in students]
     bars = axes.barh([student.name for student in students], values, color=colours, height=0.62)
@@ -66,45 +44,43 @@ def f1_figure(students: Sequence[Student]) -> str:
     axes.invert_yaxis()
     axes.set_xlim(0, 105)
     axes.set_xlabel("micro F1 on real test pairs")
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def scores_figure(added_nats: NDArray[np.float64], kept: NDArray[np.bool_]) -> str:
     """Histogram of the added information of kept and dropped candidates."""
-    figure, axes = _axes(5.2, 3.2)
+    figure, axes = new_axes(5.2, 3.2)
     low, high = np.percentile(added_nats, [1, 99])
     edges = np.linspace(low, high, 40)
     shown = np.clip(added_nats, low, high)
-    axes.hist([shown[kept], shown[~kept]], edges, stacked=True, color=[_GREEN, _GREY], label=["kept", "dropped"])
+    axes.hist([shown[kept], shown[~kept]], edges, stacked=True, color=[GREEN, GREY], label=["kept", "dropped"])
     axes.set_xlabel("added information, nats")
     axes.set_ylabel("candidates")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def links_figure(links: NDArray[np.int_], kept: NDArray[np.bool_], cue_rates: Sequence[float]) -> str:
     """Share kept, and share that shows the deciding object, by link; the first rate is the real pictures'."""
-    figure, axes = _axes(5.2, 3.2)
+    figure, axes = new_axes(5.2, 3.2)
     numbers = np.unique(links)
     shares = [100 * kept[links == link].mean() for link in numbers]
-    axes.bar(numbers, shares, color=_GREEN, alpha=0.3, width=0.6, label="kept")
-    axes.plot(
-        numbers, [100 * rate for rate in cue_rates[1:]], color=_INK, marker="o", label="shows the deciding object"
-    )
-    axes.axhline(100 * cue_rates[0], color=_BLUE, linestyle="--", label="the same, real pictures")
+    axes.bar(numbers, shares, color=GREEN, alpha=0.3, width=0.6, label="kept")
+    axes.plot(numbers, [100 * rate for rate in cue_rates[1:]], color=INK, marker="o", label="shows the deciding object")
+    axes.axhline(100 * cue_rates[0], color=BLUE, linestyle="--", label="the same, real pictures")
     axes.set_xticks(numbers)
     axes.set_ylim(0, 118)
     axes.set_xlabel("link of the chain")
     axes.set_ylabel("share of pictures, %")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def latency_figure(rows: Sequence[LatencyRow]) -> str:
     """Median latency of both sides, the middle half as bars."""
-    figure, axes = _axes(9.6, 0.6 * len(rows) + 1.4)
+    figure, axes = new_axes(9.6, 0.6 * len(rows) + 1.4)
     places = np.arange(len(rows))
-    for offset, colour, name in ((-0.18, _GREY, "PyTorch"), (0.18, _BLUE, "ONNX Runtime")):
+    for offset, colour, name in ((-0.18, GREY, "PyTorch"), (0.18, BLUE, "ONNX Runtime")):
         torch_side = name == "PyTorch"
         medians = [row.torch_ms if torch_side else row.ort_ms for row in rows]
         quartiles = [row.torch_quartiles_ms if torch_side else row.ort_quartiles_ms for row in rows]
@@ -114,4 +90,4 @@ def latency_figure(rows: Sequence[LatencyRow]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a call")
     axes.legend(frameon=False, loc="lower right")
-    return _svg(figure)
+    return svg_text(figure)

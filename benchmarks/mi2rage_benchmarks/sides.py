@@ -16,59 +16,66 @@ from mi2rage_rt.bundle import Bundle
 if TYPE_CHECKING:
     from mi2rage_engines.spec import GraphSpec, Precision
 
-__all__ = ["BundleSide", "Clocked", "EngineClock", "bundle_sides", "compiled"]
+__all__ = ["AGAIN", "BundleSide", "Clocked", "EngineClock", "bundle_sides", "compiled"]
 
 T = TypeVar("T")
 
+AGAIN = ", again"
+"""Behind the name of a side that is an earlier one once more."""
+
 
 class EngineClock:
-    """Seconds spent in the engines of a bundle; of one thread's calls."""
+    """Seconds spent in the engines of a bundle, by engine; of one thread's calls."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.by_engine: dict[str, float] = {}
 
-    def timed(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """What `call` answers, its time added."""
+    def timed(self, name: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `call` answers, its time added to that of engine `name`."""
         start = time.perf_counter()
         try:
             return call(*args, **kwargs)
         finally:
-            self.seconds += time.perf_counter() - start
+            self.by_engine[name] = self.by_engine.get(name, 0.0) + time.perf_counter() - start
 
 
 class _ClockedEngine:
     """An engine that reports its runs and calls to a clock, and is the engine itself in all else."""
 
-    def __init__(self, engine: Engine, clock: EngineClock) -> None:
+    def __init__(self, engine: Engine, clock: EngineClock, stage: str) -> None:
         self._engine = engine
         self._clock = clock
+        self._stage = stage
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        return self._clock.timed(self._engine.run, *args, **kwargs)
+        return self._clock.timed(self._stage, self._engine.run, *args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         engine: Any = self._engine
-        return self._clock.timed(engine.call, *args, **kwargs)
+        return self._clock.timed(self._stage, engine.call, *args, **kwargs)
 
 
 class Clocked:
-    """A call that keeps, of each time it was made, the milliseconds in all and outside the engines."""
+    """A call that keeps, of each time it was made, the milliseconds in all, in each engine, and outside the engines."""
 
     def __init__(self, call: Callable[[], object], clock: EngineClock) -> None:
         self._call = call
         self._clock = clock
         self.total_ms: list[float] = []
         self.outside_ms: list[float] = []
+        self.stages_ms: list[dict[str, float]] = []
 
     def __call__(self) -> object:
-        before, start = self._clock.seconds, time.perf_counter()
+        before, start = dict(self._clock.by_engine), time.perf_counter()
         answer = self._call()
         total = time.perf_counter() - start
+        stages = {name: 1000 * (taken - before.get(name, 0.0)) for name, taken in self._clock.by_engine.items()}
+        self.stages_ms.append({name: taken for name, taken in stages.items() if taken > 0})
         self.total_ms.append(1000 * total)
-        self.outside_ms.append(1000 * (total - (self._clock.seconds - before)))
+        self.outside_ms.append(1000 * total - sum(stages.values()))
         return answer
 
 
@@ -89,9 +96,13 @@ class BundleSide:
         self.clock = EngineClock()
         self._bundle = Bundle.open(folder, providers=("CPUExecutionProvider",), threads=threads)
         open_engine = self._bundle.open_engine
-        self._bundle.open_engine = lambda *args, **kwargs: cast(
-            "Engine", _ClockedEngine(open_engine(*args, **kwargs), self.clock)
-        )
+        stages = {folder / graph.file: name.partition("/")[2] for name, graph in self._bundle.manifest.graphs.items()}
+
+        def clocked(file: Path, *args: Any, **kwargs: Any) -> Engine:
+            stage = stages.get(file, file.stem)
+            return cast("Engine", _ClockedEngine(open_engine(file, *args, **kwargs), self.clock, stage))
+
+        self._bundle.open_engine = clocked
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -134,12 +145,19 @@ def _belongs(file: str, graph: str) -> bool:
     return file == graph or file.startswith((f"{graph}_", f"{graph}."))
 
 
-def bundle_sides(folders: Sequence[Path], threads: int | None) -> list[BundleSide]:
-    """The bundles opened, named by their precision, and by their folder too where that tells not enough."""
+def bundle_sides(folders: Sequence[Path], threads: int | None, *, again: bool = False) -> list[BundleSide]:
+    """The bundles opened, named by their precision, and by their folder too where that tells not enough.
+
+    Args:
+        again: whether the first is a side twice, to see what a difference is that is none.
+    """
     sides = [BundleSide(folder, threads) for folder in folders]
     names = [f"ONNX Runtime {side.manifest.precision}" for side in sides]
     for side, name in zip(sides, names, strict=True):
         side.name = name if names.count(name) == 1 else f"{name} ({side.folder.name})"
+    if again:
+        sides.append(BundleSide(folders[0], threads))
+        sides[-1].name = f"{sides[0].name}{AGAIN}"
     return sides
 
 
