@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from mi2rage_benchmarks import commands
 from mi2rage_benchmarks.bench import BenchRequest, run_bench
-from mi2rage_benchmarks.report import EAGER, BenchReport, markdown
+from mi2rage_benchmarks.bench_markdown import markdown
+from mi2rage_benchmarks.report import EAGER, BenchReport
 from mi2rage_benchmarks.subjects import SUBJECTS
 from mi2rage_engines.errors import BundleError, InputError, MissingExtraError, ModelFolderError, ParityError
 from tests.models.tiny_classifier import build_classifier
@@ -147,6 +148,36 @@ def test_torchs_threads_are_put_back(exported_bundle):
     assert torch.get_num_threads() == before
 
 
+def test_a_cell_of_its_own_process_is_as_one_of_this(exported_bundle):
+    request = BenchRequest(subjects=("classify",), batch_sizes=(2,), isolated=True, again=True, **QUICK)
+    report = run_bench(exported_bundle, request, command="the command")
+    (cell,) = report.cells
+    names = [EAGER, "ONNX Runtime fp32", "ONNX Runtime fp32, again"]
+    assert ([side.name for side in cell.sides], cell.failed) == (names, None)
+    eager, runtime, again = cell.sides
+    assert (runtime.of_itself, again.of_itself.windows) == (None, again.ratio.windows)
+    assert set(runtime.stages_ms) == set(again.stages_ms) != set()
+    assert sum(runtime.stages_ms.values()) < runtime.timing.median_ms * 1.5
+    assert set(eager.stages_ms) == {"classifier"}
+    assert cell.moved_bytes > 0
+    assert cell.conditions.looks >= 0
+    assert all(side.timing.ended == "repeats" and side.roofline_fraction > 0 for side in cell.sides)
+    assert (report.isolated, report.command, report.schema_version) == (True, "the command", 2)
+    assert report.copy_gbps > 0
+    assert BenchReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_another_model_is_a_row_where_cells_have_processes(exported_bundle, tmp_path):
+    other = build_classifier(tmp_path / "classifier", seed=1)
+    request = BenchRequest(
+        classifier=other, subjects=("classifier",), batch_sizes=(1,), isolated=True, threads=1, repeats=1
+    )
+    report = run_bench(exported_bundle, request)
+    assert "and the PyTorch model differ: max_abs_scaled is" in report.cells[0].failed
+    assert report.failures == (f"classifier, batch 1: {report.cells[0].failed}",)
+    assert "| every side" in markdown(report)
+
+
 def test_another_model_is_not_timed(exported_bundle, tmp_path):
     other = build_classifier(tmp_path / "classifier", seed=1)
     with pytest.raises(ParityError, match=r"classifier: .* and the PyTorch model differ: max_abs_scaled is"):
@@ -160,6 +191,8 @@ def test_wrong_input_is_refused(exported_bundle, tiny_classifier, tmp_path, monk
     for wrong in ({"batch_sizes": (0,)}, {"threads": 0}, {"repeats": 0}, {"soak": 0}):
         with pytest.raises(InputError, match="0 is too small; expected 1 or more"):
             BenchRequest(**wrong)
+    with pytest.raises(InputError, match=r"budget: 0\.0 s is no time to measure in; expected seconds above 0"):
+        BenchRequest(budget_seconds=0.0)
     with pytest.raises(InputError, match="subject 'teacher': not known; expected some of classifier, unet"):
         run_bench(exported_bundle, BenchRequest(subjects=("teacher",)))
     with pytest.raises(BundleError, match="no such folder"):
@@ -218,7 +251,7 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(report, tmp_path, 
     import mi2rage_benchmarks.bench as module
 
     asked = []
-    monkeypatch.setattr(module, "run_bench", lambda *args: asked.append(args) or report)
+    monkeypatch.setattr(module, "run_bench", lambda *args, **_: asked.append(args) or report)
     app = typer.Typer()
     app.command()(commands.bench)
     arguments = ["bundle", "--classifier", "c", "--batch-size", "1", "--batch-size", "3", "--also", "other"]

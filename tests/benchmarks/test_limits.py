@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mi2rage_benchmarks.limits import GemmRate, OperationCounter, counted
+from mi2rage_benchmarks import limits
+from mi2rage_benchmarks.limits import Ceilings, CopyRate, GemmRate, OperationCounter, attainable_gflops, counted
 from mi2rage_training import random_architectures as architectures
 
 
@@ -24,6 +25,9 @@ def test_products_convolutions_and_attention_are_counted():
     products, convolution, attention = 2 * 32 * 64 * 32, 2 * 36 * 27 * 4, 2 * 2 * (2 * 4 * 16 * 16 * 8)
     assert counter.flop == products + convolution + attention
     assert counter.largest_bytes == 4 * 32 * 64
+    # Each operand and each result once; the attention's three operands are one tensor, read three times.
+    moved = (32 * 64 + 32 * 64 + 32 * 32) + (3 * 64 + 4 * 27 + 36 * 4) + 4 * (2 * 4 * 16 * 8)
+    assert counter.moved_bytes == 4 * moved
 
 
 def test_a_counter_adds_up():
@@ -59,6 +63,8 @@ def test_the_table_of_the_limits(name, tflop):
         call, inputs = _meta_call(name)
         _, counter = counted(lambda: call(*inputs))
     assert counter.flop / 1e12 == pytest.approx(tflop, rel=0.01)
+    # At least the weights were read: a network's operations are near all of what uses them, embeddings aside.
+    assert counter.moved_bytes > 0
 
 
 def test_the_rate_is_the_best_seen():
@@ -67,3 +73,22 @@ def test_the_rate_is_the_best_seen():
     first = rate.gflops
     rate.sample()
     assert rate.gflops >= first > 0
+    assert rate.gflops == max(rate.samples_gflops)
+
+
+def test_ceilings_are_not_measured_at_every_turn(monkeypatch):
+    now = iter([0.0, 0.1, 0.4, 0.6, 0.7])
+    monkeypatch.setattr(limits.time, "monotonic", lambda: next(now))
+    ceilings = Ceilings(GemmRate(16), CopyRate(4096))
+    for _ in range(3):  # at 0.0, not at 0.1 nor 0.4
+        ceilings.sample()
+    assert len(ceilings.gemm.samples_gflops) == 1
+    ceilings.sample()
+    assert len(ceilings.gemm.samples_gflops) == 2
+    assert ceilings.copy.gbps > 0
+
+
+def test_the_roofline_is_memory_below_its_ridge_and_the_product_above():
+    assert attainable_gflops(10.0, 10.0, gflops=100.0, gbps=20.0) == 20.0
+    assert attainable_gflops(1000.0, 10.0, gflops=100.0, gbps=20.0) == 100.0
+    assert attainable_gflops(10.0, 0.0, gflops=100.0, gbps=20.0) == 100.0
