@@ -50,7 +50,7 @@ EXPORT = TRAINING | _brought_by("export")
 BENCHMARKS = EXPORT | _brought_by("bench")
 ALLOWED = {
     "mi2rage_engines": RUNTIME,
-    "mi2rage_rt": RUNTIME,
+    "mi2rage_rt": RUNTIME | {"triton_python_backend_utils"},  # which Triton itself brings
     "mi2rage_training": TRAINING,
     "mi2rage_export": EXPORT,
     "mi2rage_benchmarks": BENCHMARKS,
