@@ -226,7 +226,7 @@ def roofline_figure(report: BenchReport) -> str | None:
         f"copy {report.copy_gbps:.1f} GB/s",
         (x[8], x[8] * report.copy_gbps),
         textcoords="offset points",
-        xytext=(4, 10),
+        xytext=(10, -8),
         fontsize=9,
     )
     axes.grid(color=LINE, linewidth=0.6)
