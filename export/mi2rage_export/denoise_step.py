@@ -27,8 +27,8 @@ __all__ = ["NAME", "denoise_step_graph", "write_denoise_step"]
 
 NAME = "denoise_step"
 
-_CHECKED = 2
-"""Of the sizes that the UNet is checked at, so many from the smallest on are checked once more in the step."""
+_GROUPS_CHECKED = (2, 1)
+"""The UNet's sizes, from the smallest on, are checked once more in the step, with so many groups; no more of them."""
 
 
 def denoise_step_graph(unet: Graph) -> Graph:
@@ -56,7 +56,7 @@ def denoise_step_graph(unet: Graph) -> Graph:
         inputs=tuple(Input(spec.name, spec.dtype, spec.shape, draws[spec.name]) for spec in specs),
         outputs=outputs_from(next_latents=unet.inputs[0].shape),
         reference=reference,
-        checked=tuple(map(_checked_sizes, unet.checked[:_CHECKED])),
+        checked=tuple(map(_checked_sizes, unet.checked, _GROUPS_CHECKED)),
         axes=_axes(unet.axes),
     )
 
@@ -82,9 +82,8 @@ def _axes(unet: Mapping[str, AxisRange]) -> dict[str, AxisRange]:
     return {**unet, "batch": batch, "groups": AxisRange(min=1, opt=2, max=2)}
 
 
-def _checked_sizes(unet: Sizes) -> Sizes:
-    groups = min(2, unet["batch"])
-    return {**unet, "batch": unet["batch"] // groups, "groups": groups}
+def _checked_sizes(unet: Sizes, groups: int) -> Sizes:
+    return {**unet, "batch": max(1, unet["batch"] // groups), "groups": groups}
 
 
 def write_denoise_step(path: Path, file: str, unet: GraphSpec) -> GraphSpec:
