@@ -183,7 +183,7 @@ class RuntimeGenerator:
 
     def _batch_size(self, rows: int, options: GenerateOptions, plan: _Plan) -> int:
         most = max(1, rows if options.batch_size == "auto" else min(rows, options.batch_size))
-        if most == 1 or (options.batch_size != "auto" and options.memory_bytes is None):
+        if options.memory_bytes is None and (most == 1 or options.batch_size != "auto"):
             return most
         key = (plan.how.guided, plan.how.latent_shape)  # what a batch costs depends on nothing else
         if key not in self._searches:

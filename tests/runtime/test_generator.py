@@ -327,8 +327,9 @@ def test_the_batch_is_kept_within_memory(generator: RuntimeGenerator) -> None:
     assert _batches(generator, 7, options) == [3, 3, 1]
     assert generator.batch_size(7, GenerateOptions(memory_bytes=10**6)) == 7
     assert generator.batch_size(7, GenerateOptions(memory_bytes=10**6, batch_size=2)) == 2
-    with pytest.raises(InputError, match=r"memory limit .* one row takes"):
-        generator.generate(["a"] * 2, [0, 1], GenerateOptions(memory_bytes=1000))
+    for rows in (1, 2):  # a single image is refused too
+        with pytest.raises(InputError, match=r"memory limit .* one row takes"):
+            generator.generate(["a"] * rows, range(rows), GenerateOptions(memory_bytes=1000))
 
 
 def test_images_do_not_depend_on_the_batch(generator: RuntimeGenerator) -> None:
