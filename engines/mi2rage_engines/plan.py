@@ -140,17 +140,22 @@ def _combined(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
 
 
+def _belongs(name: str, graph: str) -> bool:
+    # Graphs of one folder may share weights, as a denoising step does those of its UNet.
+    return name.startswith(graph) or name.endswith(".onnx_data")
+
+
 def graph_sha256(path: Path) -> str:
-    """Hex SHA-256 over an ONNX file and its external data, every file beside it whose name begins with its own."""
-    return _combined(
-        {file.name: sha256_of(file) for file in path.parent.glob(f"{glob.escape(path.name)}*") if file.is_file()}
-    )
+    """Hex SHA-256 over an ONNX file and external data: what begins with its name, and all `.onnx_data` beside it."""
+    return _combined({file.name: sha256_of(file) for file in path.parent.iterdir() if _belongs(file.name, path.name)})
 
 
 def graph_sha256_from_manifest(manifest: Manifest, file: str) -> str:
     """The same from a bundle's recorded hashes, which `open_manifest` has checked; weights are not read again."""
+    folder, _, graph = file.rpartition("/")
+    records = {name.rpartition("/"): record.sha256 for name, record in manifest.files.items()}
     return _combined(
-        {name.rpartition("/")[2]: record.sha256 for name, record in manifest.files.items() if name.startswith(file)}
+        {name: sha256 for (place, _, name), sha256 in records.items() if place == folder and _belongs(name, graph)}
     )
 
 

@@ -168,3 +168,14 @@ def test_the_hash_of_a_graph_is_of_its_weights_too(tmp_path: Path) -> None:
     }
     (folder / "bundle.json").write_text(json.dumps(document))
     assert graph_sha256(path) == graph_sha256_from_manifest(open_manifest(folder), "classifier/model.onnx")
+
+
+def test_weights_that_another_graph_brings_count_too(tmp_path: Path) -> None:
+    step, weights = tmp_path / "denoise_step.onnx", tmp_path / "model.onnx_data"
+    step.write_bytes(b"step")
+    weights.write_bytes(b"weights")
+    first = graph_sha256(step)
+    weights.write_bytes(b"wEights")
+    second = graph_sha256(step)
+    (tmp_path / "model.onnx").write_bytes(b"another graph")
+    assert first != second == graph_sha256(step)
