@@ -13,13 +13,14 @@ from mi2rage_engines.spec import CaptionerSpec
 from mi2rage_rt.beam_search import BeamSearch, BeamSettings
 from mi2rage_rt.caption_options import CaptionOptions, check_options
 from mi2rage_rt.decoder_state import (
-    CROSS,
     DecoderState,
     GrowingState,
     StaticBuffers,
     StaticState,
+    cross_names,
     is_on_host,
     room_for,
+    rows_axis,
 )
 from mi2rage_rt.decoding import choose_tokens
 from mi2rage_rt.images import pixel_values
@@ -29,8 +30,8 @@ from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["CaptionOptions", "RuntimeCaptioner"]
 
-_STATE = ("past_keys", "past_values", *CROSS)
-_TAKES = {"decoder": ("input_ids", *_STATE), "decoder_static": ("input_ids", "position", *_STATE)}
+_PAST = ("past_keys", "past_values")
+_TAKES = {"decoder": ("input_ids", *_PAST), "decoder_static": ("input_ids", "position", *_PAST)}
 _GIVES = ("logits", "present_keys", "present_values")
 
 
@@ -64,9 +65,11 @@ class RuntimeCaptioner:
         self._vision = engines["vision"]
         self._decoders = {name: engine for name, engine in engines.items() if name != "vision"}
         self._takes_images = any(tensor.name == "image" for tensor in self._vision.inputs)
-        check_names(self._vision, ["image", "rows", "columns"] if self._takes_images else ["pixel_values"], CROSS)
+        sees = ["image", "rows", "columns"] if self._takes_images else ["pixel_values"]
         for name, engine in self._decoders.items():
-            check_names(engine, _TAKES[name], _GIVES)
+            cross = cross_names(engine)
+            check_names(engine, (*_TAKES[name], *(cross or ("cross_keys_0",))), _GIVES)
+            check_names(self._vision, sees, cross)
         # Taken out while it is used, so that no two threads have it.
         self._spare: dict[tuple[int, int], StaticBuffers] = {}
 
@@ -276,4 +279,8 @@ class RuntimeCaptioner:
             return self._vision.call(batches[0][1], into)
         answers = [self._vision.run(inputs) for _, inputs in batches]
         order = np.argsort([place for places, _ in batches for place in places])
-        return {name: np.concatenate([answer[name] for answer in answers], axis=1)[:, order] for name in CROSS}
+        joined: dict[str, Array | DeviceArray] = {}
+        for name, first in answers[0].items():
+            axis = rows_axis(first.ndim)
+            joined[name] = np.concatenate([answer[name] for answer in answers], axis).take(order, axis)
+        return joined

@@ -13,9 +13,17 @@ from mi2rage_engines.engine import Array, DeviceArray, Engine
 from mi2rage_engines.errors import EngineError
 from mi2rage_engines.spec import CaptionerSpec
 
-__all__ = ["CROSS", "DecoderState", "GrowingState", "StaticBuffers", "StaticState", "is_on_host", "room_for"]
+__all__ = [
+    "DecoderState",
+    "GrowingState",
+    "StaticBuffers",
+    "StaticState",
+    "cross_names",
+    "is_on_host",
+    "room_for",
+    "rows_axis",
+]
 
-CROSS = ("cross_keys", "cross_values")
 _PAST = {"past_keys": "present_keys", "past_values": "present_values"}
 _ROOM_STEP = 8
 """Static caches come in so many sizes fewer: each size is a CUDA graph, or a plan's shape, of its own."""
@@ -28,8 +36,8 @@ class DecoderState(abc.ABC):
         engine: the decoder graph.
         past: keys and values of what is past, `(layers, rows, heads, length, size)`; those on a device are the state's
             to write.
-        cross: keys and values of the images, `(layers, rows, heads, patches, size)`; those on a device lie on this
-            engine's.
+        cross: keys and values of the images, `(rows, heads, patches, size)` for each layer, or one array with the
+            layers before; those on a device lie on this engine's.
         on_host: the engine computes in the host's memory, where rows are dropped without a copy to a device and back.
 
     Attributes:
@@ -93,7 +101,8 @@ class DecoderState(abc.ABC):
         self.rows = len(origin)
 
     def _gathered(self, arrays: dict[str, DeviceArray], origin: NDArray[np.int64]) -> dict[str, DeviceArray]:
-        return {name: self._engine.put(array.numpy()[:, origin], name) for name, array in arrays.items()}
+        host = {name: array.numpy() for name, array in arrays.items()}
+        return {name: self._engine.put(array.take(origin, rows_axis(array.ndim)), name) for name, array in host.items()}
 
 
 class GrowingState(DecoderState):
@@ -201,6 +210,16 @@ class StaticState(DecoderState):
     def _second_buffers(self) -> dict[str, DeviceArray]:
         zeros = {name: np.zeros(array.shape, array.dtype) for name, array in self._past.items()}
         return {_PAST[name]: self._engine.put(array, name) for name, array in zeros.items()}
+
+
+def cross_names(decoder: Engine) -> tuple[str, ...]:
+    """What a decoder takes of the images: a tensor for each layer, or, in older bundles, one for all of them."""
+    return tuple(tensor.name for tensor in decoder.inputs if tensor.name.startswith("cross_"))
+
+
+def rows_axis(dimensions: int) -> int:
+    """Which axis counts the captions, in an array of a layer, `(rows, heads, length, size)`, and in one of them all."""
+    return dimensions - 4
 
 
 def is_on_host(engine: Engine) -> bool:

@@ -187,11 +187,12 @@ class GeneratorSpec(_Spec):
 class CaptionerSpec(_Spec):
     """Image to text: graphs `vision` and `decoder` (one graph for prefill, past length 0, and for every step).
 
-    `vision`: pixel_values (batch, 3, h, w) -> cross_keys, cross_values float32 (layers, batch, heads, patches, size);
+    `vision`: pixel_values (batch, 3, h, w) -> cross_keys_0, ..., cross_values_0, ... float32 (batch, heads, patches,
+    size), a tensor for each layer (in bundles of earlier releases cross_keys, cross_values, the layers in front);
     with the preprocessing in the graph, in place of pixel_values: image uint8 (batch, image_height, image_width, 3),
     rows float32 (h, image_height), columns float32 (w, image_width), see `mi2rage_rt.resampling`.
-    `decoder`: input_ids int64 (batch, sequence), past_keys, past_values (layers, batch, heads, past, size), cross_keys,
-    cross_values -> logits of the last position (batch, 1, vocabulary), present_keys, present_values
+    `decoder`: input_ids int64 (batch, sequence), past_keys, past_values (layers, batch, heads, past, size), what
+    `vision` gave -> logits of the last position (batch, 1, vocabulary), present_keys, present_values
     (layers, batch, heads, past + sequence, size). Rows of one call have equal lengths; none is padded.
     `decoder_static`, where it is there: the decoder with a cache of fixed length: position int64 (1,), ids that are
     past, stands beside the other inputs, past_keys, past_values are (layers, batch, heads, length, size), read below

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -43,10 +44,16 @@ def _silence() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _dynamic_shapes(graph: Graph) -> tuple[dict[int, str] | None, ...]:
-    return tuple(
+def _dynamic_shapes(graph: Graph) -> tuple[Any, ...]:
+    """The dynamic axes of the inputs, nested as `torch.export` nests arguments: what `*rest` takes is one tuple."""
+    shapes = [
         {index: axis for index, axis in enumerate(item.shape) if isinstance(axis, str)} or None for item in graph.inputs
-    )
+    ]
+    parameters = inspect.signature(graph.module.forward).parameters.values()
+    if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters):
+        return tuple(shapes)
+    named = len(parameters) - 1
+    return (*shapes[:named], tuple(shapes[named:]))
 
 
 def trace(graph: Graph, opset: int = OPSET) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from mi2rage_export.families.captioning import (
     CaptionShape,
     decoder_graph,
     decoder_reference,
+    halves,
+    listed_cache,
     split_heads,
-    stacked_cache,
     static_decoder_graph,
     vision_graph,
     write_captioner,
@@ -41,7 +42,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
 class BlipVision(nn.Module):
     """BLIP's vision tower and the decoder's cross-attention projections of it, which depend on the image alone.
 
-    pixel_values float32 (B, 3, H, W) -> cross_keys, cross_values (layers, B, heads, patches, size).
+    pixel_values float32 (B, 3, H, W) -> `CaptionShape.cross`.
     """
 
     def __init__(self, captioner: Any) -> None:
@@ -52,19 +53,16 @@ class BlipVision(nn.Module):
         self.keys = nn.ModuleList([layer.crossattention.self.key for layer in layers])
         self.values = nn.ModuleList([layer.crossattention.self.value for layer in layers])
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         states = self.vision_model(pixel_values=pixel_values).last_hidden_state
-        keys = torch.stack([split_heads(project(states), self.heads) for project in self.keys])
-        values = torch.stack([split_heads(project(states), self.heads) for project in self.values])
-        return keys, values
+        return tuple(split_heads(project(states), self.heads) for project in (*self.keys, *self.values))
 
 
 class BlipDecoder(nn.Module):
     """BLIP's text decoder with its state as tensors; past length 0 is the prefill, so one graph serves every step.
 
-    input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), cross_keys, cross_values
-    (layers, B, heads, patches, size) -> logits (B, 1, vocabulary) of the last position, present_keys, present_values
-    (layers, B, heads, P + T, size).
+    input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), `CaptionShape.cross` -> logits
+    (B, 1, vocabulary) of the last position, present_keys, present_values (layers, B, heads, P + T, size).
     """
 
     def __init__(self, captioner: Any) -> None:
@@ -76,7 +74,7 @@ class BlipDecoder(nn.Module):
         self.heads = int(captioner.config.text_config.num_attention_heads)
 
     def forward(
-        self, input_ids: Tensor, past_keys: Tensor, past_values: Tensor, cross_keys: Tensor, cross_values: Tensor
+        self, input_ids: Tensor, past_keys: Tensor, past_values: Tensor, *cross: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         past, length = past_keys.shape[3], input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device) + past
@@ -85,9 +83,7 @@ class BlipDecoder(nn.Module):
         def extended(past_states: Tensor, states: Tensor) -> Tensor:
             return torch.cat((past_states, states), 2)
 
-        return self._decode(
-            input_ids, positions, places, extended, (past_keys, past_values), (cross_keys, cross_values)
-        )
+        return self._decode(input_ids, positions, places, extended, (past_keys, past_values), cross)
 
     def _decode(
         self,
@@ -96,13 +92,14 @@ class BlipDecoder(nn.Module):
         places: Tensor,
         extended: Callable[[Tensor, Tensor], Tensor],
         past: tuple[Tensor, Tensor],
-        cross: tuple[Tensor, Tensor],
+        cross: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All layers; ids stand at `positions` (T,), keys at `places`; `extended` adds a layer's new to its past."""
         # Built from ids, not from a slice of the position buffer: a slice from 0 would be traced as a special case.
         states = self.embeddings(input_ids, position_ids=positions.unsqueeze(0))
         hidden = places > positions.unsqueeze(1)
         mask = torch.zeros_like(hidden, dtype=states.dtype).masked_fill(hidden, torch.finfo(states.dtype).min)
+        seen_keys, seen_values = halves(cross)
         keys, values = [], []
         for index, layer in enumerate(self.layers):
             block: Any = layer
@@ -111,7 +108,7 @@ class BlipDecoder(nn.Module):
             values.append(extended(past[1][index], split_heads(attention.value(states), self.heads)))
             context = _attend(split_heads(attention.query(states), self.heads), keys[-1], values[-1], mask)
             states = block.attention.output(context, states)
-            states = self._cross(block, states, cross[0][index], cross[1][index])
+            states = self._cross(block, states, seen_keys[index], seen_values[index])
             states = block.feed_forward_chunk(states)
         return self.head(states[:, -1:]), torch.stack(keys), torch.stack(values)
 
@@ -131,8 +128,7 @@ class BlipStaticDecoder(BlipDecoder):
         position: Tensor,
         past_keys: Tensor,
         past_values: Tensor,
-        cross_keys: Tensor,
-        cross_values: Tensor,
+        *cross: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
         places = torch.arange(past_keys.shape[3], device=input_ids.device)
@@ -140,9 +136,7 @@ class BlipStaticDecoder(BlipDecoder):
         def extended(past_states: Tensor, states: Tensor) -> Tensor:
             return past_states.index_copy(2, positions, states)
 
-        return self._decode(
-            input_ids, positions, places, extended, (past_keys, past_values), (cross_keys, cross_values)
-        )
+        return self._decode(input_ids, positions, places, extended, (past_keys, past_values), cross)
 
 
 def _shape(captioner: TorchCaptioner) -> CaptionShape:
@@ -167,7 +161,7 @@ def _graphs(captioner: TorchCaptioner) -> tuple[Graph, ...]:
         states = model.vision_model(pixel_values)[0]
         start = torch.full((len(states), 1), captioner.bos_id, device=states.device)
         output = model.text_decoder(start, encoder_hidden_states=states, use_cache=True)
-        return stacked_cache(output.past_key_values.cross_attention_cache)
+        return listed_cache(output.past_key_values.cross_attention_cache)
 
     size_px = (int(vision.image_size), int(vision.image_size))
     return (

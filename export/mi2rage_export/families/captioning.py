@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ __all__ = [
     "decoder_graph",
     "decoder_reference",
     "filled_cache",
+    "halves",
+    "listed_cache",
     "placed_cache",
     "split_heads",
     "stacked_cache",
@@ -48,9 +50,18 @@ class CaptionShape:
     positions: int
 
     @property
-    def cross(self) -> tuple[Axis, ...]:
-        """(layers, batch, heads, patches, size)"""
-        return (self.layers, "batch", self.heads, self.patches, self.head_size)
+    def cross(self) -> dict[str, tuple[Axis, ...]]:
+        """What the decoder sees of an image, by name: the layers' keys, then values, (batch, heads, patches, size).
+
+        A tensor for each layer: out of one for all, a decoder would copy its part at every token.
+        """
+        names = [f"cross_{kind}_{layer}" for kind in ("keys", "values") for layer in range(self.layers)]
+        return dict.fromkeys(names, ("batch", self.heads, self.patches, self.head_size))
+
+    @property
+    def cross_inputs(self) -> tuple[Input, ...]:
+        """`cross`, as a decoder takes it."""
+        return tuple(Input(name, "float32", shape, NORMAL) for name, shape in self.cross.items())
 
     def state(self, length: str) -> tuple[Axis, ...]:
         """(layers, batch, heads, `length`, size)"""
@@ -62,8 +73,13 @@ def split_heads(states: Tensor, heads: int) -> Tensor:
     return states.reshape(*states.shape[:2], heads, -1).transpose(1, 2)
 
 
-def filled_cache(keys: Tensor, values: Tensor) -> Any:
-    """A `DynamicCache` that holds keys and values, each (layers, B, heads, length, size)."""
+def halves(cross: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The keys of all layers, and their values, out of `CaptionShape.cross`."""
+    return cross[: len(cross) // 2], cross[len(cross) // 2 :]
+
+
+def filled_cache(keys: Tensor | Sequence[Tensor], values: Tensor | Sequence[Tensor]) -> Any:
+    """A `DynamicCache` that holds keys and values of each layer, (B, heads, length, size)."""
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache()
@@ -100,6 +116,11 @@ def placed_cache(keys: Tensor, values: Tensor, positions: Tensor) -> Any:
     return cache
 
 
+def listed_cache(cache: Any) -> tuple[Tensor, ...]:
+    """The keys of each layer of a `DynamicCache`, then the values, (B, heads, length, size)."""
+    return (*(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers))
+
+
 def stacked_cache(cache: Any) -> tuple[Tensor, Tensor]:
     """The keys and the values of a `DynamicCache`, each (layers, B, heads, length, size)."""
     return torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])
@@ -108,12 +129,12 @@ def stacked_cache(cache: Any) -> tuple[Tensor, Tensor]:
 def vision_graph(
     module: nn.Module, size_px: tuple[int, int], shape: CaptionShape, reference: Callable[..., tuple[Tensor, ...]]
 ) -> Graph:
-    """pixel_values float32 (B, 3, height, width) -> cross_keys, cross_values (layers, B, heads, patches, size)."""
+    """pixel_values float32 (B, 3, height, width) -> `shape.cross`."""
     return Graph(
         name="captioner/vision",
         module=module,
         inputs=(Input("pixel_values", "float32", ("batch", 3, *size_px), NORMAL),),
-        outputs=outputs_from(cross_keys=shape.cross, cross_values=shape.cross),
+        outputs=outputs_from(**shape.cross),
         reference=reference,
         traced={"batch": 2},
         checked=({"batch": 1}, {"batch": 2}, {"batch": 8}),
@@ -134,8 +155,7 @@ def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..
             Input("input_ids", "int64", ("batch", "sequence"), below(shape.vocabulary)),
             Input("past_keys", "float32", past, NORMAL),
             Input("past_values", "float32", past, NORMAL),
-            Input("cross_keys", "float32", shape.cross, NORMAL),
-            Input("cross_values", "float32", shape.cross, NORMAL),
+            *shape.cross_inputs,
         ),
         outputs=outputs_from(
             logits=("batch", 1, shape.vocabulary),
@@ -161,15 +181,13 @@ def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..
 def decoder_reference(decoder: Any, encoder_width: int) -> Callable[..., tuple[Tensor, ...]]:
     """transformers' own decoder, its cache filled with the given keys and values, its masks and positions its own."""
 
-    def reference(
-        input_ids: Tensor, past_keys: Tensor, past_values: Tensor, cross_keys: Tensor, cross_values: Tensor
-    ) -> tuple[Tensor, ...]:
+    def reference(input_ids: Tensor, past_keys: Tensor, past_values: Tensor, *cross: Tensor) -> tuple[Tensor, ...]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
         own = filled_cache(past_keys, past_values) if past_keys.shape[3] else DynamicCache()
-        cache = EncoderDecoderCache(own, filled_cache(cross_keys, cross_values))
+        cache = EncoderDecoderCache(own, filled_cache(*halves(cross)))
         # Their values are not read: the cache holds what the cross-attention would make of them.
-        unused = torch.zeros(len(input_ids), cross_keys.shape[3], encoder_width, device=input_ids.device)
+        unused = torch.zeros(len(input_ids), cross[0].shape[2], encoder_width, device=input_ids.device)
         output = decoder(input_ids, encoder_hidden_states=unused, past_key_values=cache, use_cache=True)
         return output.logits[:, -1:], *stacked_cache(output.past_key_values.self_attention_cache)
 
@@ -189,7 +207,7 @@ def static_decoder_graph(module: nn.Module, shape: CaptionShape, reference: Call
 
     Args:
         module: input_ids int64 (B, T), position int64 (1,), past_keys, past_values (layers, B, heads, length, size),
-            cross_keys, cross_values -> logits (B, 1, vocabulary), present_keys, present_values, of the past's shape.
+            `shape.cross` -> logits (B, 1, vocabulary), present_keys, present_values, of the past's shape.
         reference: of `decoder_graph`.
     """
     state, limit = shape.state("length"), shape.positions
@@ -211,8 +229,7 @@ def static_decoder_graph(module: nn.Module, shape: CaptionShape, reference: Call
             Input("position", "int64", (1,), below(min(_PLACED_BELOW, least - 2))),
             Input("past_keys", "float32", state, NORMAL),
             Input("past_values", "float32", state, NORMAL),
-            Input("cross_keys", "float32", shape.cross, NORMAL),
-            Input("cross_values", "float32", shape.cross, NORMAL),
+            *shape.cross_inputs,
         ),
         outputs=outputs_from(logits=("batch", 1, shape.vocabulary), present_keys=state, present_values=state),
         reference=placed,

@@ -19,6 +19,8 @@ from mi2rage_export.families.captioning import (
     decoder_graph,
     decoder_reference,
     filled_cache,
+    halves,
+    listed_cache,
     placed_cache,
     split_heads,
     stacked_cache,
@@ -47,7 +49,7 @@ _CROSS_ATTENTION = {
 class EncoderWithCrossStates(nn.Module):
     """The vision encoder and the decoder's cross-attention projections of its states.
 
-    pixel_values float32 (B, 3, H, W) -> cross_keys, cross_values (layers, B, heads, patches, size).
+    pixel_values float32 (B, 3, H, W) -> `CaptionShape.cross`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -62,7 +64,7 @@ class EncoderWithCrossStates(nn.Module):
             for layer in model.decoder.get_submodule(layers)
         )
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         states = self.to_decoder(self.encoder(pixel_values=pixel_values).last_hidden_state)
         keys, values = [], []
         for item in self.projections:
@@ -71,15 +73,14 @@ class EncoderWithCrossStates(nn.Module):
             key, value = projected if len(projected) == 2 else projected[0].chunk(2, -1)
             keys.append(split_heads(key, self.heads))
             values.append(split_heads(value, self.heads))
-        return torch.stack(keys), torch.stack(values)
+        return (*keys, *values)
 
 
 class DecoderWithCache(nn.Module):
     """Any decoder of transformers with cross-attention, its caches as tensors.
 
-    input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), cross_keys, cross_values
-    (layers, B, heads, patches, size) -> logits (B, 1, vocabulary) of the last position, present_keys, present_values
-    (layers, B, heads, P + T, size).
+    input_ids int64 (B, T), past_keys, past_values (layers, B, heads, P, size), `CaptionShape.cross` -> logits
+    (B, 1, vocabulary) of the last position, present_keys, present_values (layers, B, heads, P + T, size).
     """
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -89,13 +90,13 @@ class DecoderWithCache(nn.Module):
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.forward).parameters else {}
 
     def forward(
-        self, input_ids: Tensor, past_keys: Tensor, past_values: Tensor, cross_keys: Tensor, cross_values: Tensor
+        self, input_ids: Tensor, past_keys: Tensor, past_values: Tensor, *cross: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         past, length = past_keys.shape[3], input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device) + past
         places = torch.arange(past + length, device=input_ids.device)
         return self._decode(
-            input_ids, positions, places, filled_cache(past_keys, past_values), filled_cache(cross_keys, cross_values)
+            input_ids, positions, places, filled_cache(past_keys, past_values), filled_cache(*halves(cross))
         )
 
     def _decode(
@@ -156,8 +157,7 @@ class StaticDecoderWithCache(DecoderWithCache):
         position: Tensor,
         past_keys: Tensor,
         past_values: Tensor,
-        cross_keys: Tensor,
-        cross_values: Tensor,
+        *cross: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) + position
         return self._decode(
@@ -165,7 +165,7 @@ class StaticDecoderWithCache(DecoderWithCache):
             positions,
             torch.arange(past_keys.shape[3], device=input_ids.device),
             placed_cache(past_keys, past_values, positions),
-            filled_cache(cross_keys, cross_values),
+            filled_cache(*halves(cross)),
             **({"position_ids": positions.unsqueeze(0)} if self._takes_positions else {}),
         )
 
@@ -195,7 +195,7 @@ def _graphs(captioner: TorchCaptioner) -> tuple[Graph, ...]:
     def reference(pixel_values: Tensor) -> tuple[Tensor, ...]:
         start = torch.full((len(pixel_values), 1), captioner.bos_id, device=pixel_values.device)
         output = model(pixel_values=pixel_values, decoder_input_ids=start, use_cache=True)
-        return stacked_cache(output.past_key_values.cross_attention_cache)
+        return listed_cache(output.past_key_values.cross_attention_cache)
 
     vision = EncoderWithCrossStates(model)
     width = int(model.decoder.config.hidden_size)
