@@ -37,6 +37,9 @@ MAX_PIXELS = 64_000_000
 _WORTH_THREADS_PX = 500_000
 """Pixels to resize, in all, below which starting threads takes longer than they save."""
 
+_LONG_SIDES = 32
+"""Of an image that is resized by its shorter edge, at most so many edges are made of the longer side."""
+
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 """EXIF orientations that turn an image by a quarter."""
@@ -145,7 +148,26 @@ def _resized(image: Image, spec: ImagePreprocessing) -> NDArray[np.uint8]:
         size = (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
     if size == (width, height):
         return image
-    return np.asarray(PilImage.fromarray(np.ascontiguousarray(image)).resize(size, _RESAMPLE[spec.resample]))
+    size, box = _middle(size, (width, height), spec)
+    return np.asarray(PilImage.fromarray(np.ascontiguousarray(image)).resize(size, _RESAMPLE[spec.resample], box))
+
+
+def _middle(
+    size: tuple[int, int], whole: tuple[int, int], spec: ImagePreprocessing
+) -> tuple[tuple[int, int], tuple[float, float, float, float] | None]:
+    """What to make of an image that would become `size` (width, height), and the part of the `whole` it is made of.
+
+    None for the part is all. Of a very long image only the middle is made, since the rest is cut off: a strip of
+    1 x 10,000 px would become 1.5 GB.
+    """
+    most = _LONG_SIDES * max(spec.shortest_edge or 0, spec.height, spec.width)
+    if spec.resize == "exact" or max(size) <= most:
+        return size, None
+    # As much less on either side, so that the centre is the same pixel.
+    less = tuple(-(-max(0, length - most) // 2) for length in size)
+    left, top = (few * now / then for few, now, then in zip(less, whole, size, strict=True))
+    width, height = size[0] - 2 * less[0], size[1] - 2 * less[1]
+    return (width, height), (left, top, whole[0] - left, whole[1] - top)
 
 
 def _centre(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -127,6 +127,30 @@ def test_fitted_images_give_the_same_pixel_values(spec: ImagePreprocessing) -> N
         assert max(max(image.shape[:2]) for image in small) <= max(edge, spec.height, spec.width) + 1
 
 
+@pytest.mark.parametrize("shape", [(1, 9000), (9000, 1), (3, 400), (401, 5)])
+def test_of_a_very_long_image_the_middle_alone_is_resized(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """The same pixels, and no gigabytes on the way; Pillow may turn rows and columns round, and round otherwise."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    spec = ImagePreprocessing(
+        height=8, width=9, resize="shortest_edge", shortest_edge=10, resample="bicubic", mean=(0,) * 3, std=(1,) * 3
+    )
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *more: (made.append(size), resize(self, size, *more))[1]
+    )
+    values, small = pixel_values([image], spec), fitted(image, spec)
+    assert all(min(size) == 10 and max(size) <= 320 for size in made) and len(made) == 2
+    monkeypatch.setattr("mi2rage_rt.images._LONG_SIDES", 10**6)
+    whole = pixel_values([image], spec)
+    np.testing.assert_allclose(values, whole, atol=20 / 255)
+    assert np.abs(values - whole).mean() < 1 / 255
+    assert max(made[-1]) > 320
+    np.testing.assert_array_equal(pixel_values([small], spec), values)
+
+
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ImagePreprocessing(height=32, width=32, mean=HALF, std=HALF)
     given = [noise(50 + row, 70, row) for row in range(9)]
