@@ -202,6 +202,7 @@ class CaptionerSpec(_Spec):
         bos_id: the first id of every caption (BLIP's `[DEC]`, a decoder's start); a prefix's ids follow it.
         eos_id: ends a caption.
         max_new_tokens: the default bound on what is written.
+        text_prefixes: what texts about the entity pair of a given image begin with by default; may be empty.
     """
 
     kind: Literal["captioner"] = "captioner"
@@ -215,6 +216,7 @@ class CaptionerSpec(_Spec):
     heads: int
     head_size: int
     max_new_tokens: int
+    text_prefixes: tuple[str, ...] = ()
 
 
 class ClassifierSpec(_Spec):

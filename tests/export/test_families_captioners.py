@@ -184,6 +184,13 @@ def test_steps_equal_the_prefill(exported):
     assert not placed["present_keys"][..., 4:, :].any()
 
 
+def test_the_prefixes_that_the_folder_proposes_are_kept(tmp_path):
+    model = build_captioner(tmp_path / "model")
+    (model / "mi2rage.json").write_text('{"text_prefixes": ["{head} by {tail} ,"]}')
+    captioner = TorchCaptioner.from_folder(model, device="cpu", dtype=torch.float32)
+    assert family_of("captioner", captioner).write(tmp_path, captioner)["text_prefixes"] == ("{head} by {tail} ,",)
+
+
 def test_the_vision_graph_holds_no_decoder(exported):
     """Its submodules may be lowered to another precision than the decoder's."""
     inside = {id(parameter) for parameter in exported.graphs[0].module.parameters()}

@@ -1,5 +1,6 @@
 """`synthesize --bundle`: the bundle's models, how the store knows them, and that no PyTorch is needed."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mi2rage_engines.bundle import record_files
@@ -15,6 +17,7 @@ from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.captioner import CaptionOptions
 from mi2rage_rt.cli import main
 from mi2rage_rt.generator import GenerateOptions
+from mi2rage_rt.images import encode_image
 from mi2rage_rt.samples import write_samples
 from mi2rage_training.chain import ChainConfig, ImageFormat, synthesize
 from mi2rage_training.chain_models import Sampling, models_from, models_from_bundle
@@ -118,6 +121,26 @@ def test_a_store_begun_with_another_bundle_is_refused(
         assert models_from_bundle(other, Sampling(), "cpu").described[f"{component}_sha256"] in "".join(err.split())
     code, _, err = run(capsys, *words, bundle, "--steps", 5)
     assert (code, "was begun with other settings" in err) == (2, True), err
+
+
+def _with_prefixes(copy: Path, document: dict[str, Any]) -> None:
+    document["captioner"]["text_prefixes"] = ["{head} by {tail} ,"]
+
+
+def test_texts_begin_as_the_bundles_captioner_proposes(
+    bundle: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictured = [dataclasses.replace(sample, image="a.png") for sample in samples(2)]
+    write_samples(tmp_path / "pictured.jsonl", pictured)
+    (tmp_path / "a.png").write_bytes(encode_image(np.zeros((4, 4, 3), np.uint8)))
+    given = ("--given", "image", "--links", 1)
+    for name, source in (("usual", bundle), ("own", changed(bundle, tmp_path / "moved", _with_prefixes))):
+        code, _, err = run(
+            capsys, "synthesize", tmp_path / "pictured.jsonl", tmp_path / name, "--bundle", source, *given
+        )
+        assert code == 0, err
+    usual, own = (next(read_store(tmp_path / name)).prompt for name in ("usual", "own"))
+    assert " by " not in usual and " by " in own
 
 
 def test_options_reach_the_bundles_models(bundle: Path) -> None:

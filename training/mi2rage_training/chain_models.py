@@ -137,7 +137,7 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str) -> ChainMo
         "width": spec.width,
         "decoding": decoding,
     }
-    return ChainModels(generator, captioner, described)
+    return ChainModels(generator, captioner, described, written.text_prefixes)
 
 
 def _providers(device: str) -> tuple[str, ...] | None:
@@ -155,7 +155,7 @@ def _providers(device: str) -> tuple[str, ...] | None:
 
 
 def _digest(manifest: Manifest, component: ComponentSpec) -> str:
-    """Hex SHA-256 of all that decides what a component makes."""
+    """Hex SHA-256 of all that decides what a component makes; the prefixes used stand in the chain's settings."""
     files = {name: file.sha256 for name, file in manifest.files.items() if name.startswith(f"{component.kind}/")}
-    whole = {"spec": component.model_dump(mode="json"), "files": files}
+    whole = {"spec": component.model_dump(mode="json", exclude={"text_prefixes"}), "files": files}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

@@ -262,4 +262,5 @@ def write_captioner(folder: Path, captioner: TorchCaptioner, shape: CaptionShape
         "heads": shape.heads,
         "head_size": shape.head_size,
         "max_new_tokens": captioner.max_new_tokens,
+        "text_prefixes": captioner.text_prefixes,
     }
