@@ -8,7 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mi2rage_benchmarks.baselines import ROLES, given_sources, load_baselines
+from mi2rage_benchmarks.baselines import (
+    ROLES,
+    TorchPlace,
+    TorchPrecision,
+    given_sources,
+    load_baselines,
+    lowered,
+)
 from mi2rage_benchmarks.cells import CellRunner
 from mi2rage_benchmarks.environment import environment
 from mi2rage_benchmarks.isolated import CellTask, isolated_cell, torch_threads
@@ -37,6 +44,8 @@ class BenchRequest:
         generator, captioner, classifier: what the bundles were exported from; what is not given is taken from the
             manifest, where that leads to a model without the network.
         random_weights: names of architectures, in their place; drawn by `seed`.
+        backends: what runs the bundles; each is a side of its own.
+        device, precision: of PyTorch's sides, see `TorchPlace`.
         subjects: names of `subjects.SUBJECTS`, or `all`; none for the graph calls of the classifier and the UNet.
         compile: whether `torch.compile` is a side too.
         batch_sizes: rows a call.
@@ -56,6 +65,9 @@ class BenchRequest:
     captioner: Path | str | None = None
     classifier: Path | str | None = None
     random_weights: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ("ort-cpu",)
+    device: str = "cpu"
+    precision: TorchPrecision = "fp32"
     subjects: tuple[str, ...] = ()
     compile: bool = False
     batch_sizes: tuple[int, ...] = (1, 8)
@@ -96,6 +108,11 @@ class BenchRequest:
         return Pace(self.repeats, self.budget_seconds)
 
     @property
+    def place(self) -> TorchPlace:
+        """Of PyTorch's sides; raises as `TorchPlace`."""
+        return TorchPlace(self.device, self.precision)
+
+    @property
     def sources(self) -> dict[str, str]:
         """The models that were named, by role; raises as `given_sources`."""
         return given_sources({role: getattr(self, role) for role in ROLES}, self.random_weights, self.seed)
@@ -106,10 +123,16 @@ class _Run:
     """What the cells of a run share."""
 
     request: BenchRequest
+    place: TorchPlace
     sides: Sequence[BundleSide]
     subjects: Sequence[Subject]
     given: dict[str, str]
     threads: int
+
+    @property
+    def folders(self) -> list[Path]:
+        """The bundles, each once."""
+        return list(dict.fromkeys(side.folder for side in self.sides))
 
     def works(self) -> Iterator[tuple[Subject, int, int, Work]]:
         """Every cell's subject, batch size, number among the subject's works at that size, and work."""
@@ -136,16 +159,16 @@ def run_bench(bundle: Path | str, request: BenchRequest | None = None, *, comman
     request = request or BenchRequest()
     require("torch", "train")
     threads = request.threads or usable_cores()
-    given = request.sources
-    sides = bundle_sides([Path(bundle), *request.also], threads)
+    given, place = request.sources, request.place
+    sides = bundle_sides([Path(bundle), *request.also], threads, backends=request.backends)
     subjects = chosen_subjects(request.subjects, tuple(given), sides)
-    found = environment(threads)
+    found = environment(threads, place.device)
     if float(found.get("cores busy at start", 0)) > 0.5:
         logger.warning(
             "other processes keep %s of the machine's cores busy: the times will be long and scattered",
             found["cores busy at start"],
         )
-    run = _Run(request, sides, subjects, given, threads)
+    run = _Run(request, place, sides, subjects, given, threads)
     cells, gflops, gbps = _isolated_cells(run) if request.isolated else _cells(run)
     return BenchReport(
         cells=tuple(held_against(cell, gflops, gbps) for cell in cells),
@@ -169,12 +192,13 @@ def _cells(run: _Run) -> tuple[list[BenchCell], float, float]:
     """The cells in this process, and the run's ceilings."""
     request = run.request
     roles = tuple(role for role in ROLES if any(role in subject.roles for subject in run.subjects))
-    models = load_baselines(roles, run.given, run.sides[0].manifest)
-    sides = bundle_sides([side.folder for side in run.sides], run.threads, again=request.again)
+    place = run.place
+    models = load_baselines(roles, run.given, run.sides[0].manifest, place.device)
+    sides = bundle_sides(run.folders, run.threads, backends=request.backends, again=request.again)
     cells, last = [], None
     with torch_threads(run.threads):
-        ceilings = Ceilings()
-        runner = CellRunner(models, sides, request.compile, ceilings, request.pace)
+        ceilings = Ceilings.at(place)
+        runner = CellRunner(models, lowered(models, place), place, sides, request.compile, ceilings, request.pace)
         for subject, _, _, work in run.works():
             if subject is not last:
                 for side in sides:
@@ -190,7 +214,10 @@ def _isolated_cells(run: _Run) -> tuple[list[BenchCell], float, float]:
     cells, gflops, gbps = [], 0.0, 0.0
     for subject, size, number, work in progress.track(list(run.works()), "cells"):
         task = CellTask(
-            bundles=tuple(str(side.folder) for side in run.sides),
+            bundles=tuple(map(str, run.folders)),
+            backends=request.backends,
+            device=request.device,
+            precision=request.precision,
             sources=run.given,
             subject=subject.name,
             batch_size=size,
@@ -207,15 +234,15 @@ def _isolated_cells(run: _Run) -> tuple[list[BenchCell], float, float]:
             raise InputError(answer.refused)
         if answer.failed is not None:
             logger.warning("%s, batch %d failed: %s", work.title, work.batch_size, answer.failed)
-        cells.append(answer.cell or _failed(subject, work, answer.failed or "its process gave no cell"))
+        cells.append(answer.cell or _failed(subject, work, run.place, answer.failed or "its process gave no cell"))
         gflops, gbps = max(gflops, answer.gflops), max(gbps, answer.gbps)
     return cells, gflops, gbps
 
 
-def _failed(subject: Subject, work: Work, reason: str) -> BenchCell:
+def _failed(subject: Subject, work: Work, place: TorchPlace, reason: str) -> BenchCell:
     return BenchCell(
         subject=subject.name,
-        title=work.title,
+        title=work.title + place.words,
         kind=work.kind,
         batch_size=work.batch_size,
         sizes=work.sizes,

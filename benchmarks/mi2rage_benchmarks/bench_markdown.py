@@ -18,7 +18,7 @@ def markdown(report: BenchReport) -> str:
     parts = [table(_CELL_TITLES, [row for cell in report.cells for row in _cell_rows(cell)])]
     if any(side.timing and len(side.timing.percentiles_ms) > 1 for cell in report.cells for side in cell.sides):
         parts.append(table(_TAIL_TITLES, [row for cell in report.cells for row in _tail_rows(cell)]))
-    ceilings = f"fp32 matrix product in this run: {report.gemm_gflops:.1f} GFLOP/s"
+    ceilings = f"matrix product in this run: {report.gemm_gflops:.1f} GFLOP/s"
     parts.append(ceilings + (f"; copy: {report.copy_gbps:.1f} GB/s" if report.copy_gbps else ""))
     if disturbed := disturbances(report):
         parts.append("\n".join(["Disturbed:", "", *(f"- {line}" for line in disturbed)]))

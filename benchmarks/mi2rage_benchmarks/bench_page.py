@@ -60,7 +60,7 @@ def _tiles(report: BenchReport) -> list[tuple[str, str]]:
         (f"{verdicts.count('slower')}", "in which it is slower"),
         (f"{sum(check.passed for check in bounded)} / {len(bounded)}", "answers within their bounds, before timing"),
         (f"{samples:,}", "timed calls, all in the JSON file"),
-        (f"{report.gemm_gflops:.0f}", "GFLOP/s, fp32 matrix product in this run"),
+        (f"{report.gemm_gflops:.0f}", "GFLOP/s, matrix product in this run"),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mi2rage_benchmarks.baselines import TorchPlace
 from mi2rage_benchmarks.limits import Ceilings
 from mi2rage_benchmarks.probes import Pace, Timing, call_ms, ratio_of, time_alternating
 from mi2rage_benchmarks.report import EAGER, BenchCell, SideResult
@@ -53,7 +54,9 @@ class CellRunner:
     """Runs cells on the same sides.
 
     Attributes:
-        models: the PyTorch models by role.
+        models: the PyTorch models by role, in fp32.
+        timed: the same as they are timed, see `lowered`.
+        place: where they run, and in what.
         sides: the bundles.
         compile: whether `torch.compile` is a side too.
         ceilings: of the run, sampled between turns.
@@ -61,6 +64,8 @@ class CellRunner:
     """
 
     models: Mapping[str, Any]
+    timed: Mapping[str, Any]
+    place: TorchPlace
     sides: Sequence[BundleSide]
     compile: bool
     ceilings: Ceilings
@@ -74,9 +79,9 @@ class CellRunner:
             BundleError: a bundle does not take what the models take.
         """
         start = time.monotonic()
-        models = {role: self.models[role] for role in work.roles}
-        eager = _Entry(EAGER, work.on_torch(models))
-        expected, counter = work.count(models)
+        models = {role: self.timed[role] for role in work.roles}
+        expected, counter = work.count({role: self.models[role] for role in work.roles})
+        eager = self._eager(work, models, expected)
         entries = [eager]
         if self.compile:
             entries.append(self._compiled(work, models, expected))
@@ -100,7 +105,7 @@ class CellRunner:
         found = {entry.name: timing for entry, timing in zip(timed, timings, strict=True)}
         return BenchCell(
             subject=subject,
-            title=work.title,
+            title=work.title + self.place.words,
             kind=work.kind,
             batch_size=work.batch_size,
             sizes=work.sizes,
@@ -111,6 +116,15 @@ class CellRunner:
             conditions=watch.conditions(self.ceilings.gemm.samples_gflops[products:]),
             seconds=time.monotonic() - start,
         )
+
+    def _eager(self, work: Work, models: Mapping[str, Any], expected: Any) -> _Entry:
+        entry = _Entry(EAGER, work.on_torch(models))
+        if self.place.precision != "fp32":
+            assert entry.call is not None
+            entry.checks = work.compare(entry.call(), expected, self.place.precision)
+            if reason := _broken(entry.checks):
+                logger.warning("%s in %s differs from fp32: %s", EAGER, self.place.precision, reason)
+        return entry
 
     def _compiled(self, work: Work, models: Mapping[str, Any], expected: Any) -> _Entry:
         import torch
@@ -124,7 +138,7 @@ class CellRunner:
         except Exception as error:  # the compiler's have no common base; the row says which it was
             entry.fail(f"{type(error).__name__}: {error}")
             return entry
-        entry.checks = work.compare(answer, expected, "fp32")
+        entry.checks = work.compare(answer, expected, self.place.precision)
         if reason := _broken(entry.checks):
             entry.fail(reason)
         return entry

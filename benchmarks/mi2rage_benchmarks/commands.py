@@ -42,6 +42,18 @@ def bench(
             "calls), or all; may be repeated. Default classifier and unet."
         ),
     ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What runs the bundle: ort-cpu (default), ort-cuda, ort-tensorrt, tensorrt, tensorrt-rtx or auto; may "
+            "be repeated, each is a side."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Of PyTorch's sides: cpu (default), cuda or cuda:N.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of PyTorch's sides: fp32 (default), fp16 or bf16; answers are held against fp32."),
+    ] = None,
     compile_too: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile as a side too.")
     ] = None,
@@ -123,6 +135,9 @@ def bench(
             "captioner": captioner,
             "classifier": classifier,
             "random_weights": random_weights,
+            "backends": backend,
+            "device": device,
+            "precision": dtype,
             "subjects": subject,
             "compile": compile_too,
             "again": again,

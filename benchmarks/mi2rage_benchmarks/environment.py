@@ -43,8 +43,12 @@ def busy_cores(seconds: float = 0.3) -> float | None:
     return (os.cpu_count() or 1) * (1 - (idle_after - idle) / passed) if passed else 0.0
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What the figures depend on: processor, threads, what else runs, versions, and when."""
+def environment(threads: int, device: str = "cpu") -> dict[str, str]:
+    """What the figures depend on: processor, threads, what else runs, versions, and when.
+
+    Args:
+        device: PyTorch's; a GPU is named with its driver's CUDA.
+    """
     from mi2rage_engines.ort_engine import usable_cores
 
     found = {
@@ -54,6 +58,10 @@ def environment(threads: int) -> dict[str, str]:
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+    if device != "cpu":
+        import torch
+
+        found["gpu"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     busy = busy_cores()
     if busy is not None:
         found["cores busy at start"] = f"{busy:.2f}"

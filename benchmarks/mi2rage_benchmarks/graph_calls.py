@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from mi2rage_export import parity
 from mi2rage_export.reference import draw_inputs, read_references
 
 if TYPE_CHECKING:
+    import torch
+
     from mi2rage_benchmarks.sides import BundleSide
     from mi2rage_engines.spec import Precision
 
@@ -56,13 +58,29 @@ class _GraphWork(Work):
         graphs = {graph.name: graph for graph in family_of(role, model).graphs(model)}  # type: ignore[arg-type]
         taken = {item.name: item.spec for name in self.names if name in graphs for item in graphs[name].inputs}
         self._check_fits(taken)
-        tensors = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        network = model.pipeline.unet if role == "generator" else model.module
+        place = next(network.parameters())
+        host = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+
+        def given() -> dict[str, torch.Tensor]:
+            # Within the timed call: engines take arrays of the host too.
+            return {
+                name: tensor.to(place.device, place.dtype if tensor.is_floating_point() else tensor.dtype)
+                for name, tensor in host.items()
+            }
+
         # A classifier may be cut into two graphs; the module is one.
         if role == "classifier":
-            del tensors[_PLACES]
-            return lambda: (_inferred(model.module, **tensors),)
+            del host[_PLACES]
+            return lambda: _on_host((_inferred(model.module, **given()),))
         graph = graphs[self.names[-1]]
-        return lambda: _inferred(graph.reference, *(tensors[item.name] for item in graph.inputs))
+        names = [item.name for item in graph.inputs]
+
+        def call() -> tuple[torch.Tensor, ...]:
+            tensors = given()
+            return _on_host(_inferred(graph.reference, *(tensors[name] for name in names)))
+
+        return call
 
     def _check_fits(self, taken: Mapping[str, TensorSpec]) -> None:
         for theirs in self.specs:
@@ -93,6 +111,10 @@ class _GraphWork(Work):
         )
         bound = parity.BOUNDS[precision].max_abs_scaled
         return (parity.record(self.title, "max_abs_scaled", worst, bound, 1),)
+
+
+def _on_host(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.float().cpu() for tensor in tensors)
 
 
 def _inferred(call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from mi2rage_benchmarks.baselines import load_baselines
+from mi2rage_benchmarks.baselines import TorchPlace, TorchPrecision, load_baselines, lowered
 from mi2rage_benchmarks.cells import CellRunner
 from mi2rage_benchmarks.limits import Ceilings
 from mi2rage_benchmarks.probes import Pace
@@ -35,7 +35,8 @@ class CellTask(_Record):
     """What one process is to do.
 
     Attributes:
-        bundles: the sides, see `bundle_sides`; again: whether the first is a side twice.
+        bundles, backends: the sides, see `bundle_sides`; again: whether the first is a side twice.
+        device, precision: of PyTorch's sides, see `TorchPlace`.
         sources: of PyTorch's models by role, where the user named them.
         work: which of the subject's works at this batch size.
         repeats, budget_seconds: see `Pace`.
@@ -48,6 +49,9 @@ class CellTask(_Record):
     work: int
     options: WorkOptions
     threads: int
+    backends: tuple[str, ...] = ("ort-cpu",)
+    device: str = "cpu"
+    precision: TorchPrecision = "fp32"
     again: bool = False
     compile: bool = False
     repeats: int | None = None
@@ -109,13 +113,15 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 def _answer(task: CellTask) -> CellAnswer:
     try:
-        sides = bundle_sides([Path(bundle) for bundle in task.bundles], task.threads, again=task.again)
-        subject = SUBJECTS[task.subject]
-        models = load_baselines(subject.roles, task.sources, sides[0].manifest)
+        folders = [Path(bundle) for bundle in task.bundles]
+        sides = bundle_sides(folders, task.threads, backends=task.backends, again=task.again)
+        subject, place = SUBJECTS[task.subject], TorchPlace(task.device, task.precision)
+        models = load_baselines(subject.roles, task.sources, sides[0].manifest, place.device)
         work = subject.works(sides[0], task.batch_size, task.options)[task.work]
         with torch_threads(task.threads):
-            ceilings = Ceilings()
-            runner = CellRunner(models, sides, task.compile, ceilings, Pace(task.repeats, task.budget_seconds))
+            ceilings = Ceilings.at(place)
+            pace = Pace(task.repeats, task.budget_seconds)
+            runner = CellRunner(models, lowered(models, place), place, sides, task.compile, ceilings, pace)
             cell = runner.run(task.subject, work)
     except InputError as error:
         return CellAnswer(refused=str(error))

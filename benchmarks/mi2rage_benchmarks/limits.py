@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mi2rage_benchmarks.probes import call_ms
+
+if TYPE_CHECKING:
+    from mi2rage_benchmarks.baselines import TorchPlace
 
 __all__ = ["Ceilings", "CopyRate", "GemmRate", "OperationCounter", "attainable_gflops", "counted"]
 
 T = TypeVar("T")
 
-_SIZE = 1536
+_SIZE, _DEVICE_SIZE = 1536, 8192
 
 _COPY_BYTES = 128 << 20
 """Far more than caches hold, so that memory is what is measured."""
@@ -23,19 +26,22 @@ _SAMPLE_SECONDS = 0.5
 
 
 class GemmRate:
-    """The best rate of `torch.mm` on float32 squares that was seen in a run, on the threads that torch is set to.
+    """The best rate of `torch.mm` on squares that was seen in a run, on the threads that torch is set to.
 
     Args:
         size: of the squares; the usual one is large enough for full speed and takes some hundredths of a second.
+        device, dtype: where, and of what, e.g. `torch.bfloat16`; by default float32.
     """
 
-    def __init__(self, size: int = _SIZE) -> None:
+    def __init__(self, size: int | None = None, device: str = "cpu", dtype: Any = None) -> None:
         import torch
 
+        size = size or (_SIZE if device == "cpu" else _DEVICE_SIZE)
         draws = torch.Generator().manual_seed(0)
-        self._left, self._right = (torch.randn(size, size, generator=draws) for _ in range(2))
-        self._result = torch.empty(size, size)
+        self._left, self._right = (torch.randn(size, size, generator=draws).to(device, dtype) for _ in range(2))
+        self._result = torch.empty_like(self._left)
         self._flop = 2 * size**3
+        self._device = device
         self.gflops = 0.0
         self.samples_gflops: list[float] = []
 
@@ -45,6 +51,7 @@ class GemmRate:
 
         def product() -> None:
             torch.mm(self._left, self._right, out=self._result)
+            _finish(self._device)
 
         product()
         self.samples_gflops.append(self._flop / call_ms(product) / 1e6)
@@ -56,12 +63,15 @@ class CopyRate:
 
     Args:
         size_bytes: of what is copied.
+        device: whose memory.
     """
 
-    def __init__(self, size_bytes: int = _COPY_BYTES) -> None:
+    def __init__(self, size_bytes: int | None = None, device: str = "cpu") -> None:
         import torch
 
-        self._source = torch.ones(size_bytes // 4)
+        size_bytes = size_bytes or (_COPY_BYTES if device == "cpu" else 8 * _COPY_BYTES)
+        self._device = device
+        self._source = torch.ones(size_bytes // 4, device=device)
         self._target = torch.empty_like(self._source)
         self._bytes = 2 * self._source.numel() * self._source.element_size()
         self.gbps = 0.0
@@ -71,9 +81,18 @@ class CopyRate:
 
         def copy() -> None:
             self._target.copy_(self._source)
+            _finish(self._device)
 
         copy()
         self.gbps = max(self.gbps, self._bytes / call_ms(copy) / 1e6)
+
+
+def _finish(device: str) -> None:
+    """Wait for what a device was asked to do."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 class Ceilings:
@@ -87,6 +106,11 @@ class Ceilings:
         self.gemm = gemm or GemmRate()
         self.copy = copy or CopyRate()
         self._last: float | None = None
+
+    @classmethod
+    def at(cls, place: TorchPlace) -> Ceilings:
+        """Those of where PyTorch's sides run, the product in their precision."""
+        return cls(GemmRate(device=place.device, dtype=place.dtype), CopyRate(device=place.device))
 
     def sample(self) -> None:
         """Measure both once more, if the last time is long enough ago."""

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from mi2rage_benchmarks.baselines import TorchPrecision
 from mi2rage_benchmarks.bench import BenchRequest, run_bench
 from mi2rage_benchmarks.report import BenchCell, BenchReport
 from mi2rage_engines.errors import InputError, Mi2rageError
@@ -42,6 +43,9 @@ class PartRecipe(BaseModel):
     captioner: str | None = None
     classifier: str | None = None
     random_weights: tuple[str, ...] | None = None
+    backends: tuple[str, ...] | None = None
+    device: str | None = None
+    precision: TorchPrecision | None = None
     subjects: tuple[str, ...] | None = None
     compile: bool | None = None
     batch_sizes: tuple[int, ...] | None = None

@@ -52,8 +52,8 @@ class SideResult(_Record):
         first_ms: the first call of all, which compiles where the side compiles; None for eager, which counts
             operations in it.
         ratio: eager's time over this side's; above 1 this side is faster.
-        gemm_fraction: rate of the cell's operations over the best rate of an fp32 matrix product in the same run; a
-            side in int8 may do more than one.
+        gemm_fraction: rate of the cell's operations over the best rate of a matrix product in the same run, in the
+            precision of PyTorch's sides; a side in int8 may do more than one.
         roofline_fraction: the same over what the roofline allows: the product's rate, or what a copy's rate can feed;
             above 1 where caches hold what was taken to come from memory.
         stages_ms: of a call, milliseconds by graph or network, medians; the rest is outside them.
@@ -83,7 +83,8 @@ class BenchCell(_Record):
     """The same work, done by every side.
 
     Attributes:
-        subject: its name on the command line; title: what it is.
+        subject: its name on the command line; title: what it is, and what PyTorch's sides run in and where, if not in
+            fp32 on the CPU.
         part: of a recipe, by its name; empty where there is no recipe.
         sizes: of the graph's dynamic axes, or what else the work depends on.
         items: images, captions or samples a call makes.
@@ -151,8 +152,8 @@ class BenchReport(_Record):
     """All that was measured in one run, and the environment it was measured in.
 
     Attributes:
-        gemm_gflops, copy_gbps: the run's ceilings: the best rates of an fp32 matrix product, and of copying memory,
-            read and written bytes together.
+        gemm_gflops, copy_gbps: the run's ceilings: the best rates of a matrix product in the precision of PyTorch's
+            sides, and of copying memory, read and written bytes together.
         title: of the recipe; None where there was none. command: that made it; None where no command did.
         isolated: whether each cell had a process of its own.
         seconds: that the run took.

@@ -80,21 +80,24 @@ class Clocked:
 
 
 class BundleSide:
-    """A bundle on ONNX Runtime's CPU provider; graphs are loaded when they are first asked for, and kept.
+    """A bundle on a backend; graphs are loaded when they are first asked for, and kept.
 
     Args:
         folder: the bundle.
         threads: CPU threads of one operator.
+        backend: see `mi2rage_engines.backend.BackendName`.
 
     Raises:
         BundleError: the bundle is not whole.
+        InputError: the backend is unknown, or lacks a package or a GPU.
     """
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, threads: int | None, backend: str = "ort-cpu") -> None:
         self.folder = folder
+        self.backend = backend
         self.name = ""
         self.clock = EngineClock()
-        self._bundle = Bundle.open(folder, providers=("CPUExecutionProvider",), threads=threads)
+        self._bundle = Bundle.open(folder, backend, threads=threads)
         open_engine = self._bundle.open_engine
         stages = {folder / graph.file: name.partition("/")[2] for name, graph in self._bundle.manifest.graphs.items()}
 
@@ -145,18 +148,30 @@ def _belongs(file: str, graph: str) -> bool:
     return file == graph or file.startswith((f"{graph}_", f"{graph}."))
 
 
-def bundle_sides(folders: Sequence[Path], threads: int | None, *, again: bool = False) -> list[BundleSide]:
-    """The bundles opened, named by their precision, and by their folder too where that tells not enough.
+_RUNTIMES = {
+    "auto": "best backend",
+    "ort-cpu": "ONNX Runtime",
+    "ort-cuda": "ONNX Runtime CUDA",
+    "ort-tensorrt": "ONNX Runtime TensorRT",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+}
+
+
+def bundle_sides(
+    folders: Sequence[Path], threads: int | None, *, backends: Sequence[str] = ("ort-cpu",), again: bool = False
+) -> list[BundleSide]:
+    """Each bundle on each backend, named by backend and precision, and by the folder too where that tells not enough.
 
     Args:
         again: whether the first is a side twice, to see what a difference is that is none.
     """
-    sides = [BundleSide(folder, threads) for folder in folders]
-    names = [f"ONNX Runtime {side.manifest.precision}" for side in sides]
+    sides = [BundleSide(folder, threads, backend) for folder in folders for backend in backends]
+    names = [f"{_RUNTIMES[side.backend]} {side.manifest.precision}" for side in sides]
     for side, name in zip(sides, names, strict=True):
         side.name = name if names.count(name) == 1 else f"{name} ({side.folder.name})"
     if again:
-        sides.append(BundleSide(folders[0], threads))
+        sides.append(BundleSide(folders[0], threads, backends[0]))
         sides[-1].name = f"{sides[0].name}{AGAIN}"
     return sides
 

@@ -46,7 +46,7 @@ def _networks(role: str, model: Any) -> list[tuple[str, Any]]:
 @contextlib.contextmanager
 def _hooked(name: str, network: Any, seconds: dict[str, float]) -> Iterator[None]:
     starts: list[float] = []
-    before = network.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+    before = network.register_forward_pre_hook(lambda *_: starts.append(_now()))
     after = network.register_forward_hook(lambda *_: _add(seconds, name, starts.pop()))
     try:
         yield
@@ -61,7 +61,7 @@ def _decoding(vae: Any, seconds: dict[str, float]) -> Iterator[None]:
     decode: Callable[..., Any] = vae.decode
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = _now()
         answer = decode(*args, **kwargs)
         _add(seconds, "vae_decoder", start)
         return answer
@@ -74,4 +74,13 @@ def _decoding(vae: Any, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _add(seconds: dict[str, float], name: str, start: float) -> None:
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + _now() - start
+
+
+def _now() -> float:
+    """Seconds, once a GPU has done what it was asked to."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

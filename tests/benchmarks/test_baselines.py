@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+import torch
 
 from mi2rage_benchmarks import baselines
 from mi2rage_benchmarks.baselines import findable, given_sources, load_baselines
@@ -36,15 +39,16 @@ def test_a_manifests_word_leads_to_the_model_and_its_sampler(exported_bundle, mo
 
     manifest = open_manifest(exported_bundle)
     asked = []
+    model = types.SimpleNamespace(module=torch.nn.Linear(1, 1))
 
     def random_model(name, *, seed):
         asked.append((name, seed))
-        return "captioner", "the model"
+        return "captioner", model
 
     monkeypatch.setattr(random_weights, "random_model", random_model)
     source = {"captioner": "random weights blip-base, seed 7"}
     changed = manifest.model_copy(update={"source": source})
-    assert load_baselines(("captioner",), {}, changed) == {"captioner": "the model"}
+    assert load_baselines(("captioner",), {}, changed) == {"captioner": model}
     assert asked == [("blip-base", 7)]
 
     table = manifest.generator.schedules[0].model_copy(update={"scheduler": "EulerDiscreteScheduler"})

@@ -66,6 +66,39 @@ def test_without_subjects_the_graph_calls_of_the_models_given(report):
             assert side.gemm_fraction == pytest.approx(cell.flop / side.timing.median_ms / 1e6 / report.gemm_gflops)
 
 
+def test_pytorch_may_run_in_another_precision_and_is_held_against_fp32(exported_bundle):
+    """What a fair baseline takes where it is faster; the bundle's answers are held against fp32 all the same."""
+    subjects = ("classifier", "unet", "classify", "generate", "caption")
+    found = run_bench(exported_bundle, BenchRequest(precision="bf16", subjects=subjects, batch_sizes=(2,), **QUICK))
+    assert {cell.subject for cell in found.cells} == set(subjects)
+    for cell in found.cells:
+        assert cell.title.endswith(", PyTorch in bf16 on cpu")
+        eager, runtime = cell.sides
+        assert eager.timing is not None and runtime.ratio is not None
+        measured = {check.measure: check.value for check in (*eager.checks, *runtime.checks) if check.value}
+        assert measured and len(eager.checks) == len(runtime.checks)
+    (logits,) = (cell for cell in found.cells if cell.subject == "classifier")
+    apart = [side.checks[0].value for side in logits.sides]
+    assert apart[0] > 1e-4 > apart[1]  # eager alone is in bf16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "fp8"), "PyTorch in 'fp8': not known; expected one of fp32, fp16, bf16"),
+        (("--backend", "ort-cuda"), "backend ort-cuda: "),
+        (("--backend", "vulkan"), "backend 'vulkan': there is none of that name"),
+        (("--device", "cuda"), "cuda"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these are missing where there is no GPU")
+def test_what_cannot_run_is_refused_before_anything_is_measured(exported_bundle, options, message):
+    app = typer.Typer()
+    app.command()(commands.bench)
+    answer = CliRunner().invoke(app, [str(exported_bundle), *options])
+    assert isinstance(answer.exception, InputError) and message in str(answer.exception)
+
+
 def test_every_subject_has_its_cells_and_every_bundle_its_row(everything):
     assert {cell.subject for cell in everything.cells} == set(SUBJECTS)
     names = [EAGER, "ONNX Runtime fp32 (bundle)", "ONNX Runtime fp32 (second)"]

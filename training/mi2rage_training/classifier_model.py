@@ -202,15 +202,15 @@ class LoadedClassifier:
         return {name: torch.from_numpy(array).to(device) for name, array in self.tokenizer.encode(samples).items()}
 
     def image_inputs(self, images: Sequence[Image | None]) -> tuple[Tensor, Tensor]:
-        """`pixel_values` float32 (B, 3, H, W), zeros where there is no image, and `image_mask` float32 (B,)."""
+        """`pixel_values` (B, 3, H, W), zeros where there is no image, and `image_mask` (B,), of the module's dtype."""
         spec = self.preprocessing
         pixels = np.zeros((len(images), 3, spec.height, spec.width), np.float32)
         mask = np.array([image is not None for image in images], np.float32)
         present = [image for image in images if image is not None]
         if present:
             pixels[mask == 1] = pixel_values(present, spec)
-        device = self.module.missing_image.device
-        return torch.from_numpy(pixels).to(device), torch.from_numpy(mask).to(device)
+        like = self.module.missing_image
+        return torch.from_numpy(pixels).to(like), torch.from_numpy(mask).to(like)
 
     @torch.inference_mode()
     def logits(
