@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mi2rage_benchmarks.ratios import Ratio
-from mi2rage_benchmarks.report import BenchCell, BenchReport, MemoryRow, SideResult, Soak
+from mi2rage_benchmarks.report import EAGER, BenchCell, BenchReport, MemoryRow, SideResult, Soak
 
-__all__ = ["disturbances", "markdown", "short", "table", "told"]
+__all__ = ["brief", "disturbances", "markdown", "short", "table", "told"]
 
 
 _ROUGH = 0.05
@@ -29,6 +29,21 @@ def markdown(report: BenchReport) -> str:
         parts.append(f"`{report.command}`")
     parts.append("; ".join(f"{name} {value}" for name, value in report.environment.items()))
     return "\n\n".join(parts)
+
+
+def brief(report: BenchReport) -> str:
+    """One row a call: eager's milliseconds, and each other side's ratio to them with its interval."""
+    names = dict.fromkeys(side.name for cell in report.cells for side in cell.sides if side.ratio and not side.of_part)
+    rows = []
+    for cell in report.cells:
+        sides = {side.name: side for side in cell.sides}
+        eager = sides.get(EAGER)
+        base = "" if eager is None or eager.timing is None else short(eager.timing.median_ms)
+        ratios = [found.ratio if (found := sides.get(name)) else None for name in names]
+        rows.append(
+            [cell.title, str(cell.batch_size), base, *("" if item is None else _ratio(item) for item in ratios)]
+        )
+    return table(("call", "batch", "eager ms", *names), rows)
 
 
 _CELL_TITLES = (

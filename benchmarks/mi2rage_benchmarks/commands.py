@@ -104,6 +104,9 @@ def bench(
         bool, typer.Option("--schema", help="Print the JSON schema of reports, and measure nothing.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the inputs. Default 0.")] = None,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Print one row a call, the ratios to eager, instead of all tables.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
 ) -> None:
     """Compare the bundle's speed on ONNX Runtime with PyTorch, in one run."""
@@ -159,7 +162,7 @@ def bench(
             if value is not None and value != []
         }
         found = _measured(bundle, recipe, bundles, given | {"isolated": not in_process})
-    _show(found, old, bound, out, page, as_json=as_json)
+    _show(found, old, bound, out, page, brief=brief, as_json=as_json)
 
 
 def _measured(bundle: Path | None, recipe: str | None, bundles: Path, given: dict[str, Any]) -> BenchReport:
@@ -185,11 +188,12 @@ def _show(
     out: Path | None,
     page: Path | None,
     *,
+    brief: bool,
     as_json: bool,
 ) -> None:
     import json
 
-    from mi2rage_benchmarks.bench_markdown import markdown
+    from mi2rage_benchmarks import bench_markdown
     from mi2rage_benchmarks.compare import compared, comparison_markdown
     from mi2rage_rt.files import atomic_text
 
@@ -207,7 +211,7 @@ def _show(
             document = {"report": document, "comparison": comparison.model_dump(mode="json")}
         typer.echo(json.dumps(document, indent=2))
     else:
-        typer.echo(markdown(report))
+        typer.echo(bench_markdown.brief(report) if brief else bench_markdown.markdown(report))
         if comparison is not None:
             typer.echo("\n" + comparison_markdown(comparison))
     _judge(report, comparison)
