@@ -13,6 +13,7 @@ DISTRIBUTION = "mi2rage-rt"
 EXTRA_BY_IMPORT = {
     "accelerate": "train",
     "diffusers": "train",
+    "fsspec": "scale",
     "jinja2": "bench",
     "kserve": "serve",
     "matplotlib": "bench",
@@ -21,6 +22,7 @@ EXTRA_BY_IMPORT = {
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "ray": "scale",
+    "s3fs": "scale",
     "sklearn": "train",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mi2rage_engines.errors import InputError
 
@@ -29,6 +29,7 @@ def atomic_text(path: Path) -> Iterator[IO[str]]:
     try:
         with draft.open("w", encoding="utf-8", newline="\n") as file:
             yield file
+            _to_disk(file)
         draft.chmod(0o644)
         draft.replace(path)
     finally:
@@ -39,11 +40,19 @@ def atomic_bytes(path: Path, content: bytes) -> None:
     """Write `content` beside `path` and rename it onto `path`."""
     draft = _beside(path)
     try:
-        draft.write_bytes(content)
+        with draft.open("wb") as file:
+            file.write(content)
+            _to_disk(file)
         draft.chmod(0o644)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _to_disk(file: IO[Any]) -> None:
+    """So that after a power failure the new name is never that of an empty file."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:

@@ -7,7 +7,6 @@ the prompts, the decoding and the judge inside the chain are our choices; `chain
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mi2rage_engines.errors import DataError, InputError
@@ -21,7 +20,7 @@ from mi2rage_training.chain_places import adds_too_little
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.stages import Overlap, Stages, usual_overlap
-from mi2rage_training.store import StoreManifest, StoreWriter, read_columns
+from mi2rage_training.store import StoreManifest, StorePlace, StoreWriter, read_columns
 
 __all__ = [
     "ChainConfig",
@@ -49,7 +48,7 @@ def _settings(pairs: Sequence[Pair], links: Links, models: dict[str, Any]) -> di
 
 def synthesize(
     pairs: Sequence[Pair],
-    out: Path,
+    out: StorePlace,
     generator: TextToImage,
     captioner: ImageToText,
     config: ChainConfig,
@@ -60,6 +59,7 @@ def synthesize(
     """Make the candidates of every real sample into the store `out`; goes on where an earlier run stopped.
 
     Args:
+        out: a folder or an address, see `store_files`. A damaged shard is made again, of a finished store too.
         pairs: labelled; with images where `config.given` is `image`, without one used where it is `text`.
         models: what else decides what is made, as JSON values (source, denoising steps, guidance scale, ...); kept in
             the store's settings, so that an unfinished store is never gone on with by other means.
@@ -83,7 +83,7 @@ def synthesize(
             start = starts[index]
             writer.write(index, links.make(pairs[start : start + config.shard_size]))
 
-        missing = [index for index in range(len(starts)) if not writer.has(index)]
+        missing = writer.missing(len(starts))
         bar.advance(len(starts) - len(missing))
         for _ in stages.done(missing, make):
             bar.advance()
@@ -107,10 +107,12 @@ def _check(pairs: Sequence[Pair], config: ChainConfig, judge: Judge | None) -> N
             )
 
 
-def children_not_made(store: Path, config: ChainConfig) -> int:
+def children_not_made(store: StorePlace, config: ChainConfig) -> int:
     """How many children the chains of a finished store were spared by `config.least_added_nats`.
 
     Counted as if none of them had been given up, as a duplicate for instance.
     """
-    rows = read_columns(store, ("link", "added_nats"))
+    if config.least_added_nats is None:
+        return 0
+    rows = (row for table in read_columns(store, ("link", "added_nats")) for row in table.to_pylist())
     return sum(config.links - row["link"] for row in rows if adds_too_little(row["added_nats"], config))

@@ -12,7 +12,10 @@ __all__ = ["synthesize"]
 
 def synthesize(
     samples: Annotated[Path, typer.Argument(help="Labelled sentences, or sentences with images: JSONL, or MNRE rows.")],
-    out: Annotated[Path, typer.Argument(help="Store to write; an unfinished one of the same settings goes on.")],
+    out: Annotated[
+        str,
+        typer.Argument(help="Store to write, a folder or an address (s3://...); with the same settings it goes on."),
+    ],
     given: Annotated[
         str, typer.Option(help="The modality that is real: text (makes images) or image (texts).")
     ] = "text",
@@ -62,6 +65,9 @@ def synthesize(
         int,
         typer.Option(min=0, help="Shards in the making at a time, which changes no byte; 0 is what suits the models."),
     ] = 0,
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Begin anew; a store that is there is renamed to OUT.1, OUT.2, ...")
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave bad rows out instead of refusing the file.")
     ] = False,
@@ -81,6 +87,7 @@ def synthesize(
     from mi2rage_training.commands import print_summary
     from mi2rage_training.pairs import Modality, load_pairs
     from mi2rage_training.pytorch_captioner import CaptionDecoding
+    from mi2rage_training.store import set_aside
 
     kind = choice(Given, given, "given modality")
     search = choice(Decoding, decoding, "decoding")
@@ -122,11 +129,15 @@ def synthesize(
         from mi2rage_training.teacher_folder import load_teachers
 
         teachers = load_teachers(judge, device_from(device))
+    if new_run:
+        aside = set_aside(out)
+        if aside is not None:
+            typer.echo(f"the earlier store is now {aside}", err=True)
     manifest = run(
         pairs, out, models.generator, models.captioner, config, models.described, judge=teachers, overlap=overlap
     )
     spared = children_not_made(out, config)
-    summary = {"store": str(out), "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
+    summary = {"store": out, "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
     dropped = links * width * len(pairs) - manifest.rows - spared
     summary |= {"candidates": manifest.rows, "dropped": dropped, "shards": len(manifest.shards)}
     if select_online is not None:

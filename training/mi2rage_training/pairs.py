@@ -12,7 +12,8 @@ from mi2rage_rt.image_folder import find_image
 from mi2rage_rt.images import decode_image, load_image
 from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import BadRow, Sample, Span, read_samples
-from mi2rage_training.store import Candidate, is_store, read_store
+from mi2rage_training.store import Candidate, StorePlace, is_store, read_store
+from mi2rage_training.store_files import is_address
 
 __all__ = ["Modality", "Pair", "load_pairs", "mentions_only", "pairs_from_candidates"]
 
@@ -63,7 +64,7 @@ def pairs_from_candidates(candidates: Iterable[Candidate]) -> list[Pair]:
 
 
 def load_pairs(
-    path: Path,
+    path: StorePlace,
     *,
     images: Path | None = None,
     modality: Modality = Modality.BOTH,
@@ -73,7 +74,7 @@ def load_pairs(
     """Read a store of candidates, or a file of samples with the images it names.
 
     Args:
-        path: a store folder, or a JSONL or MNRE file.
+        path: a store's folder or address, or a JSONL or MNRE file.
         images: the folder of the images; by default the file's own.
         modality: with `text` no image is looked for; with `image` sentences are reduced to their mentions.
         skip_bad: leave bad rows, and rows whose image is not there, out.
@@ -82,14 +83,14 @@ def load_pairs(
     Raises:
         DataError: nothing to read, a bad row, an image that is not there, or `image` and no row has one.
     """
-    if path.is_dir() and is_store(path):
+    if is_address(path) or is_store(path):
         pairs = pairs_from_candidates(read_store(path))
         if modality is Modality.TEXT:
             return [dataclasses.replace(pair, image=None) for pair in pairs]
     elif modality is Modality.TEXT:
-        return [Pair(sample) for sample in read_samples(path, skip_bad=skip_bad, bad_rows=bad_rows)]
+        return [Pair(sample) for sample in read_samples(Path(path), skip_bad=skip_bad, bad_rows=bad_rows)]
     else:
-        pairs = _pairs_of_file(path, images or path.parent, skip_bad=skip_bad, bad_rows=bad_rows)
+        pairs = _pairs_of_file(Path(path), images or Path(path).parent, skip_bad=skip_bad, bad_rows=bad_rows)
     if modality is Modality.IMAGE:
         if all(pair.image is None for pair in pairs):
             raise DataError(

@@ -1,95 +1,60 @@
 """The store of synthetic pairs: Parquet shards with the images as encoded bytes, and one manifest.
 
-Columns: `id`, `tokens`, `text`, `head`, `tail` (token offsets), `label`, `image` (struct of `bytes` and `path`, as the
-Image feature of Hugging Face `datasets` has it), `made` (`image` or `text`: which of the two is not real), `prompt`
-(what it was made from), `caption` (what the captioner wrote), `via` (the made image that a text of a later link
-describes), `parent` (the real sample), `made_from` (the candidate or real sample right before), `link`, `child`,
-`seed`, `models` (JSON), and, once scored, `information_nats`, `added_nats`, and the training `weight`.
-A shard is the unit of commit and resume; `manifest.json` is written last, so a store without it is unfinished.
+`store_rows` has the columns, `store_files` where a store may be. A shard is the unit of commit and resume.
+`settings.json` is written first: a run of other settings is refused. `manifest.json` is written last, with the hash of
+each shard, so a store without it is unfinished; the shards of such a store check themselves by their pages' checksums.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mi2rage_engines.bundle import FileRecord, sha256_of
+from mi2rage_engines.bundle import FileRecord
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_engines.validation import first_problem
-from mi2rage_rt.files import atomic_bytes, atomic_text
-from mi2rage_rt.samples import Provenance, Sample, Span
+from mi2rage_rt.progress import track
+from mi2rage_training.store_files import Files, LocalFiles, StorePlace, files_at
+from mi2rage_training.store_rows import (
+    Candidate,
+    bytes_from_candidates,
+    candidates_from_table,
+    rows_if_whole,
+    table_from,
+)
 
-__all__ = ["Candidate", "StoreManifest", "StoreWriter", "is_store", "read_columns", "read_manifest", "read_store"]
+__all__ = [
+    "Candidate",
+    "StoreManifest",
+    "StorePlace",
+    "StoreWriter",
+    "is_store",
+    "read_columns",
+    "read_manifest",
+    "read_shard",
+    "read_store",
+    "set_aside",
+    "shard_name",
+]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SETTINGS_NAME = "settings.json"
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("tokens", pa.list_(pa.string())),
-        ("text", pa.string()),
-        ("head", pa.list_(pa.int32())),
-        ("tail", pa.list_(pa.int32())),
-        ("label", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("made", pa.string()),
-        ("prompt", pa.string()),
-        ("caption", pa.string()),
-        ("via", pa.binary()),
-        ("parent", pa.string()),
-        ("made_from", pa.string()),
-        ("link", pa.int32()),
-        ("child", pa.int32()),
-        ("seed", pa.int64()),
-        ("models", pa.string()),
-        ("information_nats", pa.float64()),
-        ("added_nats", pa.float64()),
-        ("weight", pa.float64()),
-    ],
-    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
-)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Candidate:
-    """A real sentence with a made image, or a made sentence with a real image, and how it came about.
-
-    Attributes:
-        sample: with provenance; its `image` is the file name inside the store.
-        image: the encoded image (PNG, JPEG, ...).
-        prompt: what the image was drawn from, or the prefix of the text.
-        caption: what the captioner saw in the made image; for a made text the text itself.
-        made: `image` or `text`.
-        via: the encoded image that a text of link 2 or later describes, else None.
-        information_nats, added_nats: the teacher's scores, once there are any (see `teacher`).
-        weight: of the candidate in training, once there is any; its mean over the siblings is 1.
-    """
-
-    sample: Sample
-    image: bytes
-    prompt: str
-    caption: str | None = None
-    made: str = "image"
-    via: bytes | None = None
-    information_nats: float | None = None
-    added_nats: float | None = None
-    weight: float | None = None
-
-    @property
-    def provenance(self) -> Provenance:
-        """Where the candidate came from; every candidate has one."""
-        assert self.sample.provenance is not None
-        return self.sample.provenance
+_READERS = 8
+"""Shards that are checked at a time; where they are far away, waiting for them is all it takes."""
 
 
 class StoreManifest(BaseModel):
@@ -103,190 +68,269 @@ class StoreManifest(BaseModel):
     shards: dict[str, FileRecord]
 
 
-def is_store(path: Path) -> bool:
-    """Whether `path` is a folder that a store was begun or finished in."""
-    return (path / SETTINGS_NAME).is_file() or (path / MANIFEST_NAME).is_file()
+def shard_name(index: int) -> str:
+    """The file of shard `index`."""
+    return f"shard-{index:05d}.parquet"
 
 
-def _row(candidate: Candidate) -> dict[str, Any]:
-    sample, origin = candidate.sample, candidate.provenance
-    return {
-        "id": sample.id,
-        "tokens": list(sample.tokens),
-        "text": sample.text,
-        "head": [sample.head.start, sample.head.end],
-        "tail": [sample.tail.start, sample.tail.end],
-        "label": sample.label,
-        "image": {"bytes": candidate.image, "path": sample.image},
-        "made": candidate.made,
-        "prompt": candidate.prompt,
-        "caption": candidate.caption,
-        "via": candidate.via,
-        "parent": origin.parent,
-        "made_from": origin.made_from,
-        "link": origin.link,
-        "child": origin.child,
-        "seed": origin.seed,
-        "models": json.dumps(origin.models, sort_keys=True),
-        "information_nats": candidate.information_nats,
-        "added_nats": candidate.added_nats,
-        "weight": candidate.weight,
-    }
+def is_store(place: StorePlace) -> bool:
+    """Whether `place` is a folder or an address that a store was begun or finished at."""
+    files = files_at(place)
+    if isinstance(files, LocalFiles) and not files.folder.is_dir():
+        return False
+    return not files.names().keys().isdisjoint((SETTINGS_NAME, MANIFEST_NAME))
 
 
-def _candidate(row: dict[str, Any]) -> Candidate:
-    provenance = Provenance(
-        row["parent"], row["link"], row["child"], row["seed"], json.loads(row["models"]), row["made_from"]
-    )
-    sample = Sample(
-        id=row["id"],
-        tokens=tuple(row["tokens"]),
-        head=Span(*row["head"]),
-        tail=Span(*row["tail"]),
-        label=row["label"],
-        image=row["image"]["path"],
-        provenance=provenance,
-    )
-    return Candidate(
-        sample,
-        row["image"]["bytes"],
-        row["prompt"],
-        row["caption"],
-        made=row["made"],
-        via=row["via"],
-        information_nats=row["information_nats"],
-        added_nats=row["added_nats"],
-        weight=row["weight"],
-    )
+def _record(content: bytes) -> FileRecord:
+    return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
-def _settings_in(path: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is damaged ({error}); make the store again in another folder") from error
-    return settings
+def _is_draft(name: str) -> bool:
+    """Whether a local file is what a process that was killed had begun to write."""
+    return name.startswith((f".{SETTINGS_NAME}.", f".{MANIFEST_NAME}.", ".shard-"))
 
 
-def _record(path: Path) -> FileRecord:
-    return FileRecord(sha256=sha256_of(path), bytes=path.stat().st_size)
+def set_aside(place: StorePlace) -> Path | None:
+    """Rename the store in a local folder to the first free of `NAME.1`, `NAME.2`, ..., which is returned.
+
+    None is returned where there is no store; what is there then is for `StoreWriter` to refuse.
+
+    Raises:
+        InputError: the store is no local folder: objects cannot be renamed, only copied one by one.
+    """
+    files = files_at(place)
+    if not is_store(place):
+        return None
+    if not isinstance(files, LocalFiles):
+        raise InputError(
+            f"{place}: a store is there; expected a local folder for a new run beside an old one, for elsewhere a "
+            "store cannot be renamed; give another address"
+        )
+    folder = files.folder.absolute()
+    for number in itertools.count(1):
+        new = folder.with_name(f"{folder.name}.{number}")
+        if not new.exists():
+            break
+    return folder.rename(new)
 
 
 class StoreWriter:
     """Writes a store shard by shard; what is written stays, and a second run with the same settings goes on.
 
+    Several may write to one place, in one process or in many, if no two write the same shard at a time.
+
     Args:
-        folder: made if it is not there.
+        folder: a folder, made if it is not there, or an address, see `store_files`.
         settings: what makes the rows; JSON values. A store begun with other settings is refused.
 
     Raises:
-        InputError: `folder` holds something that is no store, or a store of other settings (the difference is named).
+        InputError: `folder` holds something that is no store, or a store of other settings (the difference is named);
+            or nothing can be written there.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: StorePlace, settings: dict[str, Any]) -> None:
+        self.files = files_at(folder)
         self.settings = settings
-        self._records: dict[str, FileRecord] = {}
-        begun = folder / SETTINGS_NAME
-        if begun.is_file():
-            self._check_settings(_settings_in(begun))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder}: exists and is no store of candidates; give the name of a new folder")
+        self._records: dict[int, tuple[FileRecord, int]] = {}
+        old = _settings_at(self.files)
+        if old is None:
+            others = {name for name in self.files.names() if not _is_draft(name)}
+            # Another process may have begun the same store right now.
+            old = _settings_at(self.files) if SETTINGS_NAME in others else None
+            if old is None and others:
+                raise InputError(f"{folder}: exists and is no store of candidates; give the name of a new folder")
+        if old is not None:
+            self._check_settings(old)
         else:
-            with atomic_text(begun) as file:
-                json.dump(settings, file, indent=2, sort_keys=True)
+            self.files.write(SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
 
     def _check_settings(self, old: dict[str, Any]) -> None:
         differing = sorted(key for key in old.keys() | self.settings.keys() if old.get(key) != self.settings.get(key))
         if differing:
             changes = "; ".join(f"{key}: was {old.get(key)!r}, is {self.settings.get(key)!r}" for key in differing)
             raise InputError(
-                f"{self.folder}: was begun with other settings ({changes}); use the same to go on, or another folder"
+                f"{self.files}: was begun with other settings ({changes}); use the same to go on, or another folder"
             )
 
-    def _shard(self, index: int) -> Path:
-        return self.folder / f"shard-{index:05d}.parquet"
+    @functools.cached_property
+    def _finished(self) -> dict[str, FileRecord]:
+        """The shards of a store that was finished already."""
+        try:
+            manifest = _manifest_in(self.files)
+        except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged and is written again
+            return {}
+        _check_version(self.files, manifest)
+        return manifest.shards
 
     def has(self, index: int) -> bool:
-        """Whether shard `index` is written and readable."""
+        """Whether shard `index` is there and whole, by the manifest's hash or by its own checksums; reads all of it."""
+        return index in self._records or self._take(index)
+
+    def _take(self, index: int) -> bool:
+        name = shard_name(index)
         try:
-            pq.read_metadata(self._shard(index))
-        except (OSError, pa.ArrowInvalid):
+            content = self.files.read(name)
+        except FileNotFoundError:
             return False
+        record, rows = _record(content), rows_if_whole(content)
+        if rows is None or record != self._finished.get(name, record):
+            logger.warning("%s: is damaged, and is to be made again", self.files.at(name))
+            return False
+        self._records[index] = record, rows
         return True
 
+    def missing(self, shards: int) -> list[int]:
+        """Those of shards 0 to `shards` - 1 that are not there or damaged; several are read at a time."""
+        there = self.files.names()
+        found = [index for index in range(shards) if index not in self._records and shard_name(index) in there]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="store-check") as pool:
+            for _ in track(pool.map(self.has, found), "check", len(found)):
+                pass
+        return [index for index in range(shards) if index not in self._records]
+
     def write(self, index: int, candidates: Sequence[Candidate]) -> None:
-        """Write shard `index`, whole or not at all; shards may be written from several threads at once."""
-        table = pa.Table.from_pylist([_row(candidate) for candidate in candidates], schema=_SCHEMA)
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd")
-        content = buffer.getvalue().to_pybytes()
-        path = self._shard(index)
-        atomic_bytes(path, content)
-        self._records[path.name] = FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+        """Write shard `index`, whole or not at all; shards may be written from several threads at once.
+
+        Raises:
+            Mi2rageError: the disk is full, or the place cannot be reached; what was written stays.
+        """
+        self.put(index, bytes_from_candidates(candidates), len(candidates))
+
+    def put(self, index: int, content: bytes, rows: int) -> None:
+        """Write shard `index` from its bytes; raises as `write`."""
+        self.files.write(shard_name(index), content)
+        self._records[index] = _record(content), rows
 
     def finish(self, shards: int) -> StoreManifest:
-        """Write the manifest over shards 0 to `shards` - 1, all of which are written."""
-        paths = [self._shard(index) for index in range(shards)]
+        """Write the manifest over shards 0 to `shards` - 1; those that other processes wrote are read and checked.
+
+        Raises:
+            DataError: one of them is missing or damaged; it is named.
+        """
+        missing = self.missing(shards)
+        if missing:
+            raise DataError(
+                f"{self.files}: {_named(missing)} missing or damaged; expected {shards} whole shards; give the same "
+                "command again, and it makes them"
+            )
         manifest = StoreManifest(
             schema_version=SCHEMA_VERSION,
             settings=self.settings,
-            rows=sum(pq.read_metadata(path).num_rows for path in paths),
-            shards={path.name: self._records.get(path.name) or _record(path) for path in paths},
+            rows=sum(self._records[index][1] for index in range(shards)),
+            shards={shard_name(index): self._records[index][0] for index in range(shards)},
         )
-        with atomic_text(self.folder / MANIFEST_NAME) as file:
-            file.write(manifest.model_dump_json(indent=2) + "\n")
+        self.files.write(MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+        for name in filter(_is_draft, self.files.names()):
+            self.files.remove(name)
         return manifest
 
 
-def read_manifest(folder: Path) -> StoreManifest:
+def _named(indices: Sequence[int], most: int = 5) -> str:
+    names = ", ".join(shard_name(index) for index in indices[:most])
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return f"{names}{more} {'is' if len(indices) == 1 else 'are'}"
+
+
+def _settings_at(files: Files) -> dict[str, Any] | None:
+    """What a store was begun with, None where there is none."""
+    try:
+        settings: dict[str, Any] = json.loads(files.read(SETTINGS_NAME))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        where = files.at(SETTINGS_NAME)
+        raise DataError(f"{where}: is damaged ({error}); make the store again in another folder") from error
+    return settings
+
+
+def _files(place: StorePlace | Files) -> Files:
+    return files_at(place) if isinstance(place, Path | str) else place
+
+
+def read_manifest(place: StorePlace | Files) -> StoreManifest:
     """The manifest of a finished store.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        state = (
-            "is not finished; run 'mi2rage-rt synthesize' again with the same settings"
-            if is_store(folder)
-            else "is no store"
-        )
-        raise DataError(f"{folder}: {state}; expected a folder written by 'mi2rage-rt synthesize' or 'select'")
+    files = _files(place)
     try:
-        manifest = StoreManifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise DataError(f"{path}: is damaged ({first_problem(error)}); make the store again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is damaged ({error.reason}); make the store again") from error
-    if manifest.schema_version != SCHEMA_VERSION:
+        manifest = _manifest_in(files)
+    except FileNotFoundError as error:
+        begun = _settings_at(files) is not None
+        state = "is not finished; run 'mi2rage-rt synthesize' again with the same settings" if begun else "is no store"
         raise DataError(
-            f"{folder}: is a store of schema version {manifest.schema_version}; expected {SCHEMA_VERSION}; make it "
-            "again with this version of mi2rage-rt"
-        )
+            f"{files}: {state}; expected a folder written by 'mi2rage-rt synthesize' or 'select'"
+        ) from error
+    except ValueError as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise DataError(
+            f"{files.at(MANIFEST_NAME)}: is damaged ({problem}); give the command that made the store again, and it "
+            "writes it again"
+        ) from error
+    _check_version(files, manifest)
     return manifest
 
 
-def read_store(folder: Path) -> Iterator[Candidate]:
+def _manifest_in(files: Files) -> StoreManifest:
+    """Raises FileNotFoundError where there is none, ValueError where it is damaged."""
+    return StoreManifest.model_validate_json(files.read(MANIFEST_NAME).decode())
+
+
+def _check_version(files: Files, manifest: StoreManifest) -> None:
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise DataError(
+            f"{files}: is a store of schema version {manifest.schema_version}; expected {SCHEMA_VERSION}; make it "
+            "again with this version of mi2rage-rt, in another folder"
+        )
+
+
+def read_shard(files: Files, name: str, record: FileRecord) -> bytes:
+    """A shard of a finished store.
+
+    Raises:
+        DataError: it is missing, or not what the manifest says.
+    """
+    try:
+        content = files.read(name)
+    except FileNotFoundError:
+        content = b""
+    if _record(content) != record:
+        raise DataError(
+            f"{files.at(name)}: is missing or was changed since the store was written; give the command that made the "
+            "store again, and it makes this shard again"
+        )
+    return content
+
+
+def read_store(place: StorePlace) -> Iterator[Candidate]:
     """The candidates of a finished store, in order, one shard in memory at a time.
 
     Raises:
         DataError: the store is not finished, or a shard is missing or was changed; it is named.
     """
-    manifest = read_manifest(folder)
-    for name, record in manifest.shards.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
-            raise DataError(f"{path}: is missing or was changed since the store was written; make the store again")
-        for row in pq.read_table(path).to_pylist():
-            yield _candidate(row)
+    files = files_at(place)
+    for name, record in read_manifest(files).shards.items():
+        yield from candidates_from_table(table_from(read_shard(files, name, record)))
 
 
-def read_columns(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Some columns of a finished store, a dict for each row, in order; the images are not read for it.
+def read_columns(place: StorePlace, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a finished store, a table for each shard, in order; the others are not read for it.
+
+    Args:
+        names: `image.path` is the one without the other part, `image.bytes`.
 
     Raises:
-        DataError: the store is not finished.
+        DataError: the store is not finished, or what is read of a shard is missing or damaged.
     """
-    manifest = read_manifest(folder)
-    return [row for name in manifest.shards for row in pq.read_table(folder / name, columns=list(names)).to_pylist()]
+    files = files_at(place)
+    for name in read_manifest(files).shards:
+        try:
+            with files.open(name) as file:
+                table = table_from(file, names)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{files.at(name)}: cannot be read ({error}); give the command that made the store again, and it makes "
+                "what is missing or damaged again"
+            ) from error
+        yield table
