@@ -2,6 +2,8 @@
 
 A command is a plain typed function (a Typer signature), registered in the entry-point group
 `mi2rage_rt.commands`; the first line of its docstring is its summary. Its module imports only typer at the top.
+Commands whose names share a first part (`store.verify`, `store.merge`) are a group, called as `store verify`; the first
+line of their module's docstring is the group's summary.
 """
 
 from __future__ import annotations
@@ -55,16 +57,22 @@ def _load(name: str, point: importlib.metadata.EntryPoint) -> Callable[..., Any]
     return typing.cast(Callable[..., Any], function)
 
 
-def _summary(point: importlib.metadata.EntryPoint) -> str:
-    """The first line of the command's docstring, read off its source: importing the packages is slow."""
+def _summary(point: importlib.metadata.EntryPoint, *, of_module: bool = False) -> str:
+    """The first line of the command's docstring, read off its source: importing the packages is slow.
+
+    Args:
+        of_module: the first line of its module's in place of that.
+    """
     package, *inner = point.module.split(".")
     found = importlib.util.find_spec(package)
     for folder in found.submodule_search_locations or () if found else ():
         path = Path(folder, *inner).with_suffix(".py")
         if path.is_file():
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.FunctionDef) and node.name == point.attr:
-                    return (ast.get_docstring(node) or "").partition("\n")[0]
+            module = ast.parse(path.read_text(encoding="utf-8"))
+            functions = (node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == point.attr)
+            described = module if of_module else next(functions, None)
+            if described is not None:
+                return (ast.get_docstring(described) or "").partition("\n")[0]
     return "(not installed)"
 
 
@@ -109,12 +117,14 @@ def _with_manners(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Commands(typer.core.TyperGroup):
-    """The root command; a subcommand's module is imported when its name is asked for."""
+    """The root command or a group; a subcommand's module is imported when its name is asked for."""
 
+    _prefix = ""  # of a group: its name and a dot
     _listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(command_points())
+        inside = [name.removeprefix(self._prefix) for name in command_points() if name.startswith(self._prefix)]
+        return list(dict.fromkeys(name.partition(".")[0] for name in inside))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._listing = True
@@ -124,18 +134,27 @@ class _Commands(typer.core.TyperGroup):
             self._listing = False
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        points = command_points()
-        if cmd_name not in points:
-            return None
-        point = points[cmd_name]
+        points, name = command_points(), self._prefix + cmd_name
+        if name not in points:
+            return self._group(cmd_name)
+        point = points[name]
         if self._listing:  # the list needs a line, not the parsed signature
             return typer.core.TyperCommand(cmd_name, short_help=_summary(point), callback=lambda: None)
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(cmd_name)(_with_manners(_load(cmd_name, point)))
+        app.command(cmd_name)(_with_manners(_load(name, point)))
         return typer.main.get_command(app)
 
+    def _group(self, name: str) -> Any:
+        inside = [point for known, point in command_points().items() if known.startswith(f"{self._prefix}{name}.")]
+        if not inside:
+            return None
+        summary = _summary(inside[0], of_module=True)
+        group = _Commands(name=name, help=summary, short_help=summary, no_args_is_help=True, rich_markup_mode=None)
+        group._prefix = f"{self._prefix}{name}."
+        return group
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        self.commands = dict.fromkeys(command_points())  # type: ignore[assignment]  # for "Did you mean ...?"
+        self.commands = dict.fromkeys(self.list_commands(ctx))  # type: ignore[assignment]  # for "Did you mean ...?"
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -67,15 +67,28 @@ def test_help_lists_every_command(call: Any) -> None:
     answer = call("--help")
     assert answer.code == 0
     for name in cli.command_points():
-        assert f"\n  {name} " in answer.out
+        assert f"\n  {name.partition('.')[0]} " in answer.out
     assert "Predict the relation" in answer.out
+    assert "Look after stores of candidates" in answer.out
 
 
 @pytest.mark.parametrize("name", sorted(cli.command_points()))
 def test_each_command_has_help(call: Any, name: str) -> None:
-    answer = call(name, "--help")
+    answer = call(*name.split("."), "--help")
     assert answer.code == 0, answer.err
     assert "--quiet" in answer.out and "--help" in answer.out
+
+
+def test_a_group_lists_its_commands_and_proposes_one(call: Any) -> None:
+    answer = call("store", "--help")
+    assert answer.code == 0
+    assert [line.split()[0] for line in answer.out.splitlines() if line.startswith("  ") and "  " in line.strip()] == [
+        *("--help", "merge", "stats", "verify")
+    ]
+    assert call("store").code == 2
+    wrong = call("store", "verfy")
+    assert wrong.code == 2
+    assert "Did you mean 'verify'?" in wrong.err
 
 
 def test_version_and_wrong_usage(call: Any) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "read_manifest",
     "read_shard",
     "read_store",
+    "record_of",
     "set_aside",
     "shard_name",
 ]
@@ -53,7 +54,7 @@ SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SETTINGS_NAME = "settings.json"
 
-_READERS = 8
+READERS = 8
 """Shards that are checked at a time; where they are far away, waiting for them is all it takes."""
 
 
@@ -81,7 +82,8 @@ def is_store(place: StorePlace) -> bool:
     return not files.names().keys().isdisjoint((SETTINGS_NAME, MANIFEST_NAME))
 
 
-def _record(content: bytes) -> FileRecord:
+def record_of(content: bytes) -> FileRecord:
+    """What the manifest says of a shard with this content."""
     return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
 
 
@@ -166,13 +168,17 @@ class StoreWriter:
         """Whether shard `index` is there and whole, by the manifest's hash or by its own checksums; reads all of it."""
         return index in self._records or self._take(index)
 
+    def record(self, index: int) -> FileRecord | None:
+        """Of shard `index`, None where `has` says that it is not there."""
+        return self._records[index][0] if self.has(index) else None
+
     def _take(self, index: int) -> bool:
         name = shard_name(index)
         try:
             content = self.files.read(name)
         except FileNotFoundError:
             return False
-        record, rows = _record(content), rows_if_whole(content)
+        record, rows = record_of(content), rows_if_whole(content)
         if rows is None or record != self._finished.get(name, record):
             logger.warning("%s: is damaged, and is to be made again", self.files.at(name))
             return False
@@ -183,7 +189,7 @@ class StoreWriter:
         """Those of shards 0 to `shards` - 1 that are not there or damaged; several are read at a time."""
         there = self.files.names()
         found = [index for index in range(shards) if index not in self._records and shard_name(index) in there]
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="store-check") as pool:
+        with ThreadPoolExecutor(READERS, thread_name_prefix="store-check") as pool:
             for _ in track(pool.map(self.has, found), "check", len(found)):
                 pass
         return [index for index in range(shards) if index not in self._records]
@@ -199,7 +205,7 @@ class StoreWriter:
     def put(self, index: int, content: bytes, rows: int) -> None:
         """Write shard `index` from its bytes; raises as `write`."""
         self.files.write(shard_name(index), content)
-        self._records[index] = _record(content), rows
+        self._records[index] = record_of(content), rows
 
     def finish(self, shards: int) -> StoreManifest:
         """Write the manifest over shards 0 to `shards` - 1; those that other processes wrote are read and checked.
@@ -295,7 +301,7 @@ def read_shard(files: Files, name: str, record: FileRecord) -> bytes:
         content = files.read(name)
     except FileNotFoundError:
         content = b""
-    if _record(content) != record:
+    if record_of(content) != record:
         raise DataError(
             f"{files.at(name)}: is missing or was changed since the store was written; give the command that made the "
             "store again, and it makes this shard again"
