@@ -82,6 +82,6 @@ ifeq ($(DEVICE)-$(shell uname -s),cpu-Linux)
 	@$(PIP) --no-deps --retries 1 --timeout 15 --extra-index-url $(TORCH_CPU_INDEX) 'torch==$(TORCH)+cpu' \
 	  || echo "No CPU build of torch $(TORCH) is to be had from $(TORCH_CPU_INDEX) or pip's own sources: taking the standard one, with CUDA." >&2
 endif
-	@echo "Installing mi2rage-rt with the extras $(DEVICE),export,bench,serve,dev$(PLANS)"
-	@$(PIP) -e '.[$(DEVICE),export,bench,serve,dev$(PLANS)]'
+	@echo "Installing mi2rage-rt with the extras $(DEVICE),export,bench,serve,scale,dev$(PLANS)"
+	@$(PIP) -e '.[$(DEVICE),export,bench,serve,scale,dev$(PLANS)]'
 	@touch $@

@@ -72,6 +72,9 @@ class MissingExtraError(InputError):
         self.package = package
         self.extra = extra
 
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self.package, self.extra)  # errors pass between processes
+
 
 class EngineError(Mi2rageError):
     """A graph cannot be loaded, or does not take what it was given."""

@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mi2rage_engines.errors import DataError, InputError
-from mi2rage_rt.noise import seed_from
-from mi2rage_rt.progress import steps
 from mi2rage_rt.protocols import ImageToText, TextToImage
-from mi2rage_rt.samples import json_from_sample
 from mi2rage_training.chain_config import ChainConfig, Decoding, Given, ImageFormat
-from mi2rage_training.chain_links import Links
 from mi2rage_training.chain_places import adds_too_little
+from mi2rage_training.chain_run import make_here
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
-from mi2rage_training.stages import Overlap, Stages, usual_overlap
-from mi2rage_training.store import StoreManifest, StorePlace, StoreWriter, read_columns
+from mi2rage_training.stages import Overlap, usual_overlap
+from mi2rage_training.store import StoreManifest, StorePlace, read_columns
 
 __all__ = [
     "ChainConfig",
@@ -32,18 +28,6 @@ __all__ = [
     "synthesize",
     "usual_overlap",
 ]
-
-
-def _settings(pairs: Sequence[Pair], links: Links, models: dict[str, Any]) -> dict[str, Any]:
-    fingerprint = seed_from(*(json_from_sample(pair.sample) for pair in pairs))
-    return {
-        "step": "synthesize",
-        "chain": links.config.described(),
-        **links.models,
-        "models": models,
-        "samples": len(pairs),
-        "samples_fingerprint": f"{fingerprint:016x}",
-    }
 
 
 def synthesize(
@@ -72,39 +56,9 @@ def synthesize(
             is none.
         what a model or the disk raised, as it was: then, as after Ctrl-C, the finished shards are there, whole.
     """
-    _check(pairs, config, judge)
-    starts = range(0, len(pairs), config.shard_size)
-    with steps("synthesize", len(starts)) as bar, Stages(overlap or usual_overlap(generator, captioner)) as stages:
-        shared = None if judge is None else stages.judge(judge)
-        links = Links(stages.generator(generator), stages.captioner(captioner), config, shared, stages.encoders)
-        writer = StoreWriter(out, _settings(pairs, links, models or {}))
-
-        def make(index: int) -> None:
-            start = starts[index]
-            writer.write(index, links.make(pairs[start : start + config.shard_size]))
-
-        missing = writer.missing(len(starts))
-        bar.advance(len(starts) - len(missing))
-        for _ in stages.done(missing, make):
-            bar.advance()
-        return writer.finish(len(starts))
-
-
-def _check(pairs: Sequence[Pair], config: ChainConfig, judge: Judge | None) -> None:
-    if config.least_added_nats is not None and judge is None:
-        raise InputError(
-            f"least added nats: came {config.least_added_nats} without a judge; expected one, which says what a child "
-            "adds; give the teachers of an earlier selection (--judge), or leave it out"
-        )
-    for pair in pairs:
-        if pair.sample.label is None:
-            raise DataError(
-                f"sample {pair.sample.id}: has no label; expected one, for its children take it over; add it"
-            )
-        if config.given is Given.IMAGE and pair.image is None:
-            raise DataError(
-                f"sample {pair.sample.id}: has no image; expected one, since images are given; add it, or give texts"
-            )
+    outcome = make_here(pairs, out, generator, captioner, config, models, judge, overlap)
+    assert outcome.manifest is not None  # without a budget all shards are made
+    return outcome.manifest
 
 
 def children_not_made(store: StorePlace, config: ChainConfig) -> int:

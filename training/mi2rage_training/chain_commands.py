@@ -65,6 +65,33 @@ def synthesize(
         int,
         typer.Option(min=0, help="Shards in the making at a time, which changes no byte; 0 is what suits the models."),
     ] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Make shards on a Ray cluster: local (started here), auto, or HOST:PORT."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Of --ray, the most at a time; by default as many as there is room for.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(help="Of --ray; a part of 1 has workers share a GPU; by default 1, or 0 without GPUs."),
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(help="Of --ray; on a CPU the threads of each as well.")] = 1,
+    tries: Annotated[
+        int,
+        typer.Option(min=0, help="Of a shard that fails; then samples at fault are left out; 0 stops at an error."),
+    ] = 3,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop between shards after 2h, 90m, ...; run again to go on.")
+    ] = None,
+    stop_at_kept: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop with so many candidates kept by --select-online, or made.")
+    ] = None,
+    stop_at_cost: Annotated[
+        float | None, typer.Option(metavar="COST", help="Stop when this run has cost so much, at --cost-per-hour.")
+    ] = None,
+    cost_per_hour: Annotated[float | None, typer.Option(metavar="COST", help="Of all that runs, together.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="HTML page of samples that grows while they are made.")] = None,
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Begin anew; a store that is there is renamed to OUT.1, OUT.2, ...")
     ] = False,
@@ -78,15 +105,18 @@ def synthesize(
     """Make the missing images or texts of labelled data by Chained Cross-modal Generation."""
     import dataclasses
 
-    from mi2rage_engines.errors import InputError
+    from mi2rage_engines.errors import InputError, Mi2rageError
     from mi2rage_rt.samples import BadRow
+    from mi2rage_training.budget import Budget, seconds_from
     from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made, usual_overlap
-    from mi2rage_training.chain import synthesize as run
-    from mi2rage_training.chain_models import Sampling, check_sources, models_from
+    from mi2rage_training.chain_cluster import ModelChoice, cluster_options, make_on_cluster
+    from mi2rage_training.chain_models import Sampling, check_sources
+    from mi2rage_training.chain_run import RunOptions, make_here
     from mi2rage_training.choices import choice
     from mi2rage_training.commands import print_summary
     from mi2rage_training.pairs import Modality, load_pairs
     from mi2rage_training.pytorch_captioner import CaptionDecoding
+    from mi2rage_training.shard_work import explain_left_out
     from mi2rage_training.store import set_aside
 
     kind = choice(Given, given, "given modality")
@@ -97,6 +127,9 @@ def synthesize(
             "which say what a child adds; give them ('select --teachers'), or leave it out"
         )
     check_sources(bundle, generator, captioner)
+    pool = cluster_options(ray, workers, gpus_per_worker, cpus_per_worker, tries, in_flight)
+    seconds = None if stop_after is None else seconds_from(stop_after)
+    options = RunOptions(tries, Budget(seconds, stop_at_kept, stop_at_cost, cost_per_hour), gallery)
     encoding: dict[str, Any] = {"jpeg_quality": jpeg_quality, "png_level": png_level}
     config = ChainConfig(
         given=kind,
@@ -119,27 +152,24 @@ def synthesize(
     bad_rows: list[BadRow] = []
     shown = Modality.TEXT if kind is Given.TEXT else Modality.BOTH
     pairs = load_pairs(samples, images=images, modality=shown, skip_bad=skip_bad, bad_rows=bad_rows)[:limit]
-    models = models_from(bundle, generator, captioner, Sampling(steps, guidance, decoded), device)
-    overlap = usual_overlap(models.generator, models.captioner, in_flight)
-    if kind is Given.IMAGE and not config.prefixes:
-        config = dataclasses.replace(config, prefixes=models.text_prefixes)
-    teachers = None
-    if judge is not None:
-        from mi2rage_training.devices import device_from
-        from mi2rage_training.teacher_folder import load_teachers
-
-        teachers = load_teachers(judge, device_from(device))
-    if new_run:
-        aside = set_aside(out)
-        if aside is not None:
-            typer.echo(f"the earlier store is now {aside}", err=True)
-    manifest = run(
-        pairs, out, models.generator, models.captioner, config, models.described, judge=teachers, overlap=overlap
-    )
-    spared = children_not_made(out, config)
-    summary = {"store": out, "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
-    dropped = links * width * len(pairs) - manifest.rows - spared
-    summary |= {"candidates": manifest.rows, "dropped": dropped, "shards": len(manifest.shards)}
-    if select_online is not None:
-        summary["not_made"] = spared
+    wanted = ModelChoice(bundle, generator, captioner, Sampling(steps, guidance, decoded), judge, device)
+    if new_run and (aside := set_aside(out)) is not None:
+        typer.echo(f"the earlier store is now {aside}", err=True)
+    if pool is not None:
+        outcome = make_on_cluster(pairs, out, wanted, config, pool, options)
+    else:
+        models = wanted.load()
+        if kind is Given.IMAGE and not config.prefixes:
+            config = dataclasses.replace(config, prefixes=models.text_prefixes)
+        overlap = usual_overlap(models.generator, models.captioner, in_flight)
+        teachers = wanted.load_judge()
+        outcome = make_here(
+            pairs, out, models.generator, models.captioner, config, models.described, teachers, overlap, options
+        )
+    summary: dict[str, Any] = {"store": out, "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
+    summary |= outcome.figures(config, 0 if outcome.manifest is None else children_not_made(out, config))
     print_summary(summary, as_json)
+    if outcome.stopped is not None:
+        typer.echo(outcome.explain_stop(), err=True)
+    if outcome.left_out and not skip_bad:
+        raise Mi2rageError(explain_left_out(out, outcome.left_out))

@@ -66,12 +66,21 @@ def check_sources(bundle: Path | None, generator: str | None, captioner: str | N
 
 
 def models_from(
-    bundle: Path | None, generator: str | None, captioner: str | None, sampling: Sampling, device: str
+    bundle: Path | None,
+    generator: str | None,
+    captioner: str | None,
+    sampling: Sampling,
+    device: str,
+    threads: int | None = None,
 ) -> ChainModels:
-    """The bundle's models where there is one, else PyTorch's, of which `embedded` is the default; raises as they do."""
+    """The bundle's models where there is one, else PyTorch's, of which `embedded` is the default; raises as they do.
+
+    Args:
+        threads: of an operator of a bundle on a CPU; by default the cores this process may use. PyTorch has its own.
+    """
     check_sources(bundle, generator, captioner)
     if bundle is not None:
-        return models_from_bundle(bundle, sampling, device)
+        return models_from_bundle(bundle, sampling, device, threads)
     return models_from_folders(generator or EMBEDDED, captioner or EMBEDDED, sampling, device)
 
 
@@ -101,7 +110,7 @@ def models_from_folders(generator: str, captioner: str, sampling: Sampling, devi
     return ChainModels(text_to_image, image_to_text, described, image_to_text.text_prefixes)
 
 
-def models_from_bundle(folder: Path, sampling: Sampling, device: str) -> ChainModels:
+def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: int | None = None) -> ChainModels:
     """The generator and the captioner of a bundle, run without PyTorch.
 
     What is described names the bundle's folder and holds a hash of each component: of its settings (schedules,
@@ -109,6 +118,7 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str) -> ChainMo
 
     Args:
         device: `auto` (CUDA where ONNX Runtime has it), `cpu` or `cuda`.
+        threads: see `models_from`.
 
     Raises:
         InputError: the device is none of these, or the bundle has no schedule of so many steps.
@@ -121,7 +131,7 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str) -> ChainMo
     from mi2rage_rt.generator import GenerateOptions
 
     providers = _providers(device)
-    bundle = Bundle.open(folder, providers=providers)
+    bundle = Bundle.open(folder, providers=providers, threads=threads)
     decoding = dataclasses.asdict(sampling.decoding)
     captioner = bundle.captioner(CaptionOptions(**decoding))
     generator = bundle.generator(GenerateOptions(sampling.steps, sampling.guidance_scale))

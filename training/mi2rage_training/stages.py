@@ -87,12 +87,12 @@ class _CallersThread(Executor):
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any] | None]] = SimpleQueue()
         self._asked: set[Future[Any]] = set()
         self._lock = threading.Lock()
-        self._closed = False
+        self.closed = False
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         future: Future[R] = Future()
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("the run was given up")  # only threads that nobody waits for see this
             self._asked.add(future)
             self._work.put((future, functools.partial(fn, *args, **kwargs)))
@@ -103,18 +103,21 @@ class _CallersThread(Executor):
         self._work.put((done, None))
 
     def serve(self) -> Future[Any]:
-        """Do what was submitted until something is told, and return that; an error of the work is raised as it is."""
+        """Do what was submitted until something is told, and return that; an error goes to whom the work is for."""
         while True:
             future, call = self._work.get()
             if call is None:
                 return future
-            future.set_result(call())
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
             self._asked.discard(future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Refuse further work, and free every thread that waits for work not done."""
         with self._lock:
-            self._closed = True
+            self.closed = True
         # Not from the queue: Ctrl-C may have come right after something was taken out of it.
         for future in self._asked:
             future.cancel()
@@ -157,6 +160,11 @@ class Stages:
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in self._threads:
             pool.shutdown(wait=True)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the block has ended; what fails in a thread of its after that does so because of it."""
+        return self._here.closed
 
     def generator(self, model: TextToImage) -> TextToImage:
         """The same model, to be called from any thread of the run."""
