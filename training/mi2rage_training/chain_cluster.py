@@ -7,6 +7,7 @@ Bytes are the same where the workers compute as the one process does: the same k
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -138,7 +139,7 @@ def make_on_cluster(
     options = options or RunOptions()
     check_pairs(pairs, config, judged=choice.judge is not None)
     choice = dataclasses.replace(choice, threads=pool.threads)
-    with WorkerPool(pool, functools.partial(_begin, choice)) as workers:
+    with contextlib.ExitStack() as ending, WorkerPool(pool, functools.partial(_begin, choice)) as workers:
         about = workers.ask(_about)
         if config.given is Given.IMAGE and not config.prefixes:
             config = dataclasses.replace(config, prefixes=about.text_prefixes)
@@ -146,6 +147,7 @@ def make_on_cluster(
         place = out if isinstance(out, str) and "://" in out else Path(out).absolute()
         task = _Task(place, settings, config, options.tries, options.gallery is not None)
         writer = StoreWriter(place, settings)
+        ending.callback(writer.discard_drafts)  # when the workers are gone
 
         def making(shards: Iterable[Shard]) -> Iterator[MadeShard]:
             lost: list[Shard] = []

@@ -226,9 +226,13 @@ class StoreWriter:
             shards={shard_name(index): self._records[index][0] for index in range(shards)},
         )
         self.files.write(MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+        self.discard_drafts()
+        return manifest
+
+    def discard_drafts(self) -> None:
+        """Delete what processes that were killed had begun to write; none may be writing at the time."""
         for name in filter(_is_draft, self.files.names()):
             self.files.remove(name)
-        return manifest
 
 
 def _named(indices: Sequence[int], most: int = 5) -> str:
