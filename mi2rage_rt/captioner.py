@@ -73,6 +73,11 @@ class RuntimeCaptioner:
         # Taken out while it is used, so that no two threads have it.
         self._spare: dict[tuple[int, int], StaticBuffers] = {}
 
+    @property
+    def on_host(self) -> bool:
+        """Whether it computes in the host's memory, on a CPU."""
+        return is_on_host(self._vision)
+
     def caption(
         self,
         images: Sequence[Image],

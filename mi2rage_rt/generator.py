@@ -16,6 +16,7 @@ from mi2rage_engines.engine import Array, Engine, check_names
 from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError
 from mi2rage_engines.spec import GeneratorSpec, GraphSpec
 from mi2rage_rt.batch_search import BatchSearch
+from mi2rage_rt.decoder_state import is_on_host
 from mi2rage_rt.denoising import Denoising, denoise_with_step, denoise_with_unet, guidance_embedding
 from mi2rage_rt.memory_use import memory_of
 from mi2rage_rt.schedule import Latents, guided_steps, schedule_for
@@ -112,6 +113,11 @@ class RuntimeGenerator:
         self._clock, self._memory = time.perf_counter, memory_of(self._unet)
         self._searches: dict[tuple[object, ...], BatchSearch] = {}
         self._check_graphs()
+
+    @property
+    def on_host(self) -> bool:
+        """Whether it computes in the host's memory, on a CPU."""
+        return is_on_host(self._unet)
 
     def _check_graphs(self) -> None:
         outputs = self.spec.text_outputs

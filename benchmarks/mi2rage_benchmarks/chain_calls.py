@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mi2rage_benchmarks.sides import BundleSide
     from mi2rage_engines.spec import Precision
     from mi2rage_training.pairs import Pair
+    from mi2rage_training.stages import Overlap
 
 __all__ = ["chain_works"]
 
@@ -74,12 +75,20 @@ class _Chain(Work):
 
     def on_bundle(self, side: BundleSide) -> dict[str, Call]:
         from mi2rage_rt.generator import GenerateOptions
+        from mi2rage_training.chain_models import Sampling, models_from_bundle
 
         options = GenerateOptions(steps=self.steps, guidance_scale=self.guidance_scale)
-        generator, captioner = side.component("generator", options), side.component("captioner")
-        return {"": self._chain(generator, captioner), GENERATION_ALONE: lambda: self._generate(generator)}
+        generator = side.component("generator", options)
+        if side.backend == "ort-cpu":  # as `synthesize --bundle` has it
+            models = models_from_bundle(
+                side.folder, Sampling(self.steps, self.guidance_scale), "cpu", threads=side.threads
+            )
+            chain = self._chain(models.generator, models.captioner, models.overlap)
+        else:
+            chain = self._chain(generator, side.component("captioner"))
+        return {"": chain, GENERATION_ALONE: lambda: self._generate(generator)}
 
-    def _chain(self, generator: Any, captioner: Any) -> Call:
+    def _chain(self, generator: Any, captioner: Any, overlap: Overlap | None = None) -> Call:
         from mi2rage_training.chain import ChainConfig, synthesize
 
         config = ChainConfig(links=self.links, seed=self.seed, shard_size=_SHARD)
@@ -89,7 +98,7 @@ class _Chain(Work):
         def run() -> Path:
             number = next(numbers)
             shutil.rmtree(home / f"{number - 1}", ignore_errors=True)
-            synthesize(self.pairs, home / f"{number}", generator, captioner, config)
+            synthesize(self.pairs, home / f"{number}", generator, captioner, config, overlap=overlap)
             return home / f"{number}"
 
         return run

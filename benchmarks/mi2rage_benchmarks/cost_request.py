@@ -123,7 +123,6 @@ def _measured(folder: Path, request: CostRequest) -> tuple[CostFigures, Check | 
     from mi2rage_benchmarks.cost_run import device_name, figures_of, run_piece
     from mi2rage_training.chain_models import Sampling, models_from_bundle
     from mi2rage_training.pytorch_captioner import CaptionDecoding
-    from mi2rage_training.stages import usual_overlap
 
     pairs = _pairs(request)
     beams = 4 if request.chain.decoding is Decoding.BEAM else 1
@@ -131,7 +130,7 @@ def _measured(folder: Path, request: CostRequest) -> tuple[CostFigures, Check | 
     start = time.perf_counter()
     models = models_from_bundle(folder, sampling, request.device)
     load_s = time.perf_counter() - start
-    overlap = usual_overlap(models.generator, models.captioner, request.in_flight)
+    overlap = models.overlap_of(request.in_flight)
     # Untimed: what the first call of each batch size costs is no cost of a large data set.
     run_piece(pairs[: request.chain.shard_size], models, request.chain, overlap)
     piece = run_piece(pairs[: request.run], models, request.chain, overlap, power=request.power)

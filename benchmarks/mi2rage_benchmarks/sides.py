@@ -95,6 +95,7 @@ class BundleSide:
     def __init__(self, folder: Path, threads: int | None, backend: str = "ort-cpu") -> None:
         self.folder = folder
         self.backend = backend
+        self.threads = threads
         self.name = ""
         self.clock = EngineClock()
         self._bundle = Bundle.open(folder, backend, threads=threads)

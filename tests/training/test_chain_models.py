@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mi2rage_engines import open_engine
 from mi2rage_engines.bundle import record_files
 from mi2rage_engines.errors import BundleError, EngineError, InputError
 from mi2rage_rt.bundle import Bundle
@@ -19,6 +20,7 @@ from mi2rage_rt.cli import main
 from mi2rage_rt.generator import GenerateOptions
 from mi2rage_rt.images import encode_image
 from mi2rage_rt.samples import write_samples
+from mi2rage_training import chain_models
 from mi2rage_training.chain import ChainConfig, ImageFormat, synthesize
 from mi2rage_training.chain_models import Sampling, models_from, models_from_bundle
 from mi2rage_training.pairs import Pair
@@ -153,6 +155,26 @@ def test_options_reach_the_bundles_models(bundle: Path) -> None:
     assert described["decoding"] == {"beams": 3, "top_p": 0.5, "temperature": 2.0}
     usual = models_from_bundle(bundle, Sampling(), "cpu").described
     assert (usual["steps"], usual["guidance_scale"], usual["height"], usual["width"]) == (3, 3.0, 4, 4)
+
+
+def test_small_models_on_a_cpu_have_a_thread_and_a_shard_for_each_core(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    load = open_engine.OrtEngine.__init__
+
+    def loaded(self: Any, *args: Any, threads: int | None = None, **kwargs: Any) -> None:
+        asked.append(threads)
+        load(self, *args, threads=threads, **kwargs)
+
+    monkeypatch.setattr(open_engine.OrtEngine, "__init__", loaded)
+    small = models_from_bundle(bundle, Sampling(), "cpu", threads=3)
+    assert (small.overlap, set(asked)) == (Overlap(3, models_free=True), {1})
+    asked.clear()
+    monkeypatch.setattr(chain_models, "_SMALL_BYTES", 10)
+    large = models_from_bundle(bundle, Sampling(), "cpu", threads=3)
+    assert (large.overlap, set(asked)) == (Overlap(2, models_apart=True), {3})
+    assert large.described == small.described
 
 
 @pytest.mark.parametrize("part", ["generator", "captioner"])

@@ -25,7 +25,7 @@ from tests.training.fakes import LABELS, MeanCaptioner, NoiseGenerator, samples
 
 CONFIG = ChainConfig(links=2, width=2, seed=5, shard_size=4)
 PAIRS = [Pair(sample) for sample in samples(14)]
-OVERLAPS = [Overlap(), Overlap(3), Overlap(3, models_apart=True)]
+OVERLAPS = [Overlap(), Overlap(3), Overlap(3, models_apart=True), Overlap(3, models_free=True)]
 
 
 class _Fails(NoiseGenerator):

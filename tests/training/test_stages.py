@@ -18,6 +18,7 @@ from mi2rage_rt.generator import RuntimeGenerator
 from mi2rage_rt.protocols import Image
 from mi2rage_training import chain_links
 from mi2rage_training.chain import ChainConfig, Given, ImageFormat, synthesize
+from mi2rage_training.chain_models import ChainModels
 from mi2rage_training.pairs import Pair
 from mi2rage_training.stages import AtOnce, Overlap, Stages, usual_overlap
 from mi2rage_training.store import Candidate, StoreWriter, read_manifest
@@ -26,7 +27,13 @@ from tests.training.fakes import samples as sentences
 
 CONFIG = ChainConfig(links=3, width=2, seed=5, shard_size=2)
 PAIRS = [Pair(sample) for sample in sentences(12)]
-OVERLAPS = [Overlap(2), Overlap(2, models_apart=True), Overlap(3), Overlap(5, models_apart=True)]
+OVERLAPS = [
+    Overlap(2),
+    Overlap(2, models_apart=True),
+    Overlap(3),
+    Overlap(5, models_apart=True),
+    Overlap(3, models_free=True),
+]
 LONG_S = 20.0
 """Far above what any run here takes; whatever waits so long hangs."""
 
@@ -92,6 +99,10 @@ def test_the_store_is_the_same_to_the_byte(overlap: Overlap, settings: dict[str,
     synthesize(PAIRS, two, generator, captioner, config, judge=judge, overlap=overlap)
     assert len(contents(one)) == 8
     assert contents(one) == contents(two)
+    if overlap.models_free:
+        assert generator.threads == captioner.threads
+        assert len(generator.threads) == overlap.in_flight and threading.get_ident() not in generator.threads
+        return
     assert generator.threads == {threading.get_ident()}
     assert len(captioner.threads) == 1
     assert (captioner.threads == generator.threads) is not overlap.models_apart
@@ -211,7 +222,9 @@ class _BadJudge(_MeanJudge):
         return super().added_nats(candidates)
 
 
-@pytest.mark.parametrize("overlap", [Overlap(), Overlap(2), Overlap(3, models_apart=True)])
+@pytest.mark.parametrize(
+    "overlap", [Overlap(), Overlap(2), Overlap(3, models_apart=True), Overlap(3, models_free=True)]
+)
 @pytest.mark.parametrize(
     "error", [EngineError("gave NaN"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
 )
@@ -312,10 +325,11 @@ def test_shards_that_end_out_of_order_are_recorded_in_order(tmp_path: Path) -> N
 def test_the_usual_overlap_goes_by_the_models() -> None:
     generator, captioner = (object.__new__(kind) for kind in (RuntimeGenerator, RuntimeCaptioner))
     assert usual_overlap(generator, captioner) == Overlap(2, models_apart=True)
-    assert usual_overlap(generator, captioner, 5) == Overlap(5, models_apart=True)
     assert usual_overlap(NoiseGenerator(), captioner) == Overlap(1)
-    assert usual_overlap(NoiseGenerator(), MeanCaptioner(), 3) == Overlap(3)
+    models = ChainModels(generator, captioner, {}, overlap=Overlap(2, models_apart=True))
+    assert models.overlap_of(0) == models.overlap
+    assert models.overlap_of(5) == Overlap(5, models_apart=True)
     with pytest.raises(InputError, match="in flight: came -1"):
-        usual_overlap(generator, captioner, -1)
+        models.overlap_of(-1)
     with pytest.raises(InputError, match="in flight: came 0"):
         Overlap(0)

@@ -108,7 +108,7 @@ def synthesize(
     from mi2rage_engines.errors import InputError, Mi2rageError
     from mi2rage_rt.samples import BadRow
     from mi2rage_training.budget import Budget, seconds_from
-    from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made, usual_overlap
+    from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made
     from mi2rage_training.chain_cluster import ModelChoice, cluster_options, make_on_cluster
     from mi2rage_training.chain_models import Sampling, check_sources
     from mi2rage_training.chain_run import RunOptions, make_here
@@ -161,7 +161,7 @@ def synthesize(
         models = wanted.load()
         if kind is Given.IMAGE and not config.prefixes:
             config = dataclasses.replace(config, prefixes=models.text_prefixes)
-        overlap = usual_overlap(models.generator, models.captioner, in_flight)
+        overlap = models.overlap_of(in_flight)
         teachers = wanted.load_judge()
         outcome = make_here(
             pairs, out, models.generator, models.captioner, config, models.described, teachers, overlap, options

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mi2rage_engines.errors import InputError
+from mi2rage_engines.ort_engine import usable_cores
 from mi2rage_rt.protocols import ImageToText, TextToImage
 from mi2rage_training.pytorch_captioner import CaptionDecoding
 from mi2rage_training.pytorch_sources import EMBEDDED
+from mi2rage_training.stages import Overlap, usual_overlap
 
 if TYPE_CHECKING:
     from mi2rage_engines.bundle import Manifest
     from mi2rage_engines.spec import ComponentSpec
 
 __all__ = ["ChainModels", "Sampling", "check_sources", "models_from", "models_from_bundle", "models_from_folders"]
+
+_SMALL_BYTES = 128_000_000
+"""Models of less do more on a CPU with a thread an operator and as many shards at a time as there are cores."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,12 +47,24 @@ class ChainModels:
     Attributes:
         described: what decides what they make, JSON values, see `chain.synthesize`.
         text_prefixes: what the captioner proposes that texts for given images begin with; empty where it has none.
+        overlap: what suits the models, see `stages`.
     """
 
     generator: TextToImage
     captioner: ImageToText
     described: dict[str, Any]
     text_prefixes: tuple[str, ...] = ()
+    overlap: Overlap = dataclasses.field(default_factory=Overlap)
+
+    def overlap_of(self, in_flight: int) -> Overlap:
+        """`overlap` with so many shards in the making; 0 is what suits.
+
+        Raises:
+            InputError: `in_flight` is below 0.
+        """
+        if in_flight < 0:
+            raise InputError(f"in flight: came {in_flight}; expected 1 or more shards at a time, or 0 for what suits")
+        return dataclasses.replace(self.overlap, in_flight=in_flight) if in_flight else self.overlap
 
 
 def check_sources(bundle: Path | None, generator: str | None, captioner: str | None) -> None:
@@ -76,7 +93,7 @@ def models_from(
     """The bundle's models where there is one, else PyTorch's, of which `embedded` is the default; raises as they do.
 
     Args:
-        threads: of an operator of a bundle on a CPU; by default the cores this process may use. PyTorch has its own.
+        threads: that a bundle on a CPU may use; by default as many as this process has cores. PyTorch has its own.
     """
     check_sources(bundle, generator, captioner)
     if bundle is not None:
@@ -126,12 +143,17 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: i
         MissingExtraError: ONNX Runtime is not installed.
         EngineError: a graph cannot be loaded, or ONNX Runtime has no CUDA.
     """
+    from mi2rage_engines.bundle import open_manifest
+    from mi2rage_engines.open_engine import EngineOpener
     from mi2rage_rt.bundle import Bundle
     from mi2rage_rt.captioner import CaptionOptions
     from mi2rage_rt.generator import GenerateOptions
 
     providers = _providers(device)
-    bundle = Bundle.open(folder, providers=providers, threads=threads)
+    manifest, threads = open_manifest(folder), threads or usable_cores()
+    small = _bytes_of(manifest, ("generator", "captioner")) <= _SMALL_BYTES
+    opener = EngineOpener(folder, manifest, providers=providers, threads=1 if small else threads)
+    bundle = Bundle(folder, manifest, opener)
     decoding = dataclasses.asdict(sampling.decoding)
     captioner = bundle.captioner(CaptionOptions(**decoding))
     generator = bundle.generator(GenerateOptions(sampling.steps, sampling.guidance_scale))
@@ -147,7 +169,10 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: i
         "width": spec.width,
         "decoding": decoding,
     }
-    return ChainModels(generator, captioner, described, written.text_prefixes)
+    overlap = usual_overlap(generator, captioner)
+    if small and generator.on_host and captioner.on_host:
+        overlap = Overlap(threads, models_free=True)
+    return ChainModels(generator, captioner, described, written.text_prefixes, overlap)
 
 
 def _providers(device: str) -> tuple[str, ...] | None:
@@ -162,6 +187,10 @@ def _providers(device: str) -> tuple[str, ...] | None:
             "CUDA_VISIBLE_DEVICES says"
         )
     return allowed[device]
+
+
+def _bytes_of(manifest: Manifest, components: tuple[str, ...]) -> int:
+    return sum(file.bytes for name, file in manifest.files.items() if name.partition("/")[0] in components)
 
 
 def _digest(manifest: Manifest, component: ComponentSpec) -> str:

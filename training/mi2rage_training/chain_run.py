@@ -167,6 +167,7 @@ def follow(
     with steps("synthesize", len(pairs)) as bar:
         bar.advance(sum(len(pairs[starts[index] : starts[index] + config.shard_size]) for index in there))
         for made in making(wanted()):
+            writer.take_over(made.index, made.record, made.tally.rows)
             tally += made.tally
             bar.advance(made.tally.samples + len(made.left_out))
             bar.note(tally.described(judged=config.least_added_nats is not None))

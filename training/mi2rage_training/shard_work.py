@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
+from mi2rage_engines.bundle import FileRecord
 from mi2rage_engines.errors import InputError
 from mi2rage_training.chain_links import Links
 from mi2rage_training.pairs import Pair
@@ -52,10 +53,12 @@ class MadeShard:
     """What came of a shard.
 
     Attributes:
+        record: of its file.
         shown: some of its candidates, for people to look at.
     """
 
     index: int
+    record: FileRecord
     tally: Tally
     left_out: tuple[LeftOut, ...] = ()
     shown: tuple[Candidate, ...] = ()
@@ -118,10 +121,13 @@ class ShardWork:
         left_out.sort(key=lambda sample: order.index(sample.id))
         write_left_out(self.writer.files, shard.index, left_out)
         self.writer.write(shard.index, candidates)
+        record = self.writer.record(shard.index)
+        assert record is not None  # it was written right now
         made = len(shard.pairs) - len(left_out)
         shown = [row for row in candidates if row.provenance.parent == candidates[0].provenance.parent]
         return MadeShard(
             shard.index,
+            record,
             Tally.of(candidates, made, self.links.config),
             tuple(left_out),
             tuple(shown) if self.showing else (),

@@ -4,6 +4,9 @@ Every shard in the making has a thread of its own, which asks the models and wai
 in the thread of the caller: it takes longest, and Ctrl-C reaches it at once. The captioner and the judge share a thread
 beside it, or take turns with it. So no model is ever called from two threads, a slow stage holds the others up as soon
 as every shard in the making waits for it, and what is made does not depend on any of this.
+
+Small models on a CPU are the exception: several threads can't share the work of one call well, so each shard's thread
+calls the models itself, one thread an operator, and the cores are shared by shards.
 """
 
 from __future__ import annotations
@@ -44,31 +47,25 @@ class Overlap:
         in_flight: shards in the making at most, 1 or more; with 1 everything is done one after the other.
         models_apart: the captioner runs beside the generator. Off, all models take turns in the thread of the caller,
             as PyTorch's must: what diffusers and transformers set while they run holds for the whole process.
+        models_free: every shard calls the models from its own thread, and does all else there too.
     """
 
     in_flight: int = 1
     models_apart: bool = False
+    models_free: bool = False
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
             raise InputError(f"in flight: came {self.in_flight}; expected 1 (one shard after the other) or more")
 
 
-def usual_overlap(generator: TextToImage, captioner: ImageToText, in_flight: int = 0) -> Overlap:
+def usual_overlap(generator: TextToImage, captioner: ImageToText) -> Overlap:
     """What suits the models: two shards at a time for the runtime's, else one.
 
     PyTorch's models on a CPU fill its cores already, and each further thread that calls them starts a pool of its own.
-
-    Args:
-        in_flight: shards in the making in place of that number; 0 takes it.
-
-    Raises:
-        InputError: `in_flight` is below 0.
     """
-    if in_flight < 0:
-        raise InputError(f"in flight: came {in_flight}; expected 1 or more shards at a time, or 0 for what suits")
     apart = isinstance(generator, RuntimeGenerator) and isinstance(captioner, RuntimeCaptioner)
-    return Overlap(in_flight or (2 if apart else 1), models_apart=apart)
+    return Overlap(2 if apart else 1, models_apart=apart)
 
 
 class AtOnce(Executor):
@@ -78,6 +75,18 @@ class AtOnce(Executor):
         future: Future[R] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+class _UntilGivenUp(AtOnce):
+    """The same, as long as the run goes on."""
+
+    def __init__(self, given_up: Callable[[], bool]) -> None:
+        self._given_up = given_up
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        if self._given_up():
+            raise RuntimeError("the run was given up")  # only threads that nobody waits for see this
+        return super().submit(fn, *args, **kwargs)
 
 
 class _CallersThread(Executor):
@@ -136,11 +145,16 @@ class Stages:
         self._threads: list[Executor] = []
         self._generator: Executor = AtOnce()
         self._captioner: Executor = AtOnce()
+        self._judge: Executor = AtOnce()
         self.encoders: Executor = AtOnce()
-        if overlap.in_flight > 1:
+        if overlap.in_flight > 1 and overlap.models_free:
+            self._generator = self._captioner = _UntilGivenUp(lambda: self.given_up)
+            self._judge = self._pool(1, "judge")  # PyTorch's, and so called from one thread
+        elif overlap.in_flight > 1:
             self._generator = self._captioner = self._here
             if overlap.models_apart:
                 self._captioner = self._pool(1, "captioner")
+            self._judge = self._captioner
             self.encoders = self._pool(usable_cores(), "encoder")
 
     def _pool(self, workers: int, name: str) -> Executor:
@@ -176,7 +190,7 @@ class Stages:
 
     def judge(self, model: Judge) -> Judge:
         """The same judge, to be called from any thread of the run."""
-        return _Judge(model, self._captioner)
+        return _Judge(model, self._judge)
 
     def done(self, items: Iterable[T], make: Callable[[T], None]) -> Iterator[T]:
         """Call `make` with every item, `in_flight` at a time, and yield each that is done.

@@ -207,8 +207,12 @@ class StoreWriter:
         self.files.write(shard_name(index), content)
         self._records[index] = record_of(content), rows
 
+    def take_over(self, index: int, record: FileRecord, rows: int) -> None:
+        """Know of a shard what the process that has just written it says; then `finish` need not read it."""
+        self._records[index] = record, rows
+
     def finish(self, shards: int) -> StoreManifest:
-        """Write the manifest over shards 0 to `shards` - 1; those that other processes wrote are read and checked.
+        """Write the manifest over shards 0 to `shards` - 1; those that nothing is known of are read and checked.
 
         Raises:
             DataError: one of them is missing or damaged; it is named.
