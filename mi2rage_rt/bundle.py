@@ -104,7 +104,7 @@ class Bundle:
         spec = self._component("generator", self.manifest.generator)
         tokenizer = PlainTokenizer(spec.tokenizer, self.folder)
         second = None if spec.tokenizer_2 is None else PlainTokenizer(spec.tokenizer_2, self.folder)
-        return RuntimeGenerator(spec, self._engines(graphs_to_load(spec)), tokenizer, options, second)
+        return RuntimeGenerator(spec, self._engines(graphs_to_load(spec, options)), tokenizer, options, second)
 
     def captioner(self, options: CaptionOptions | None = None) -> RuntimeCaptioner:
         """Image to text. Raises as `generator`."""

@@ -40,6 +40,10 @@ def generate(
         str | None,
         typer.Option(help="Shares of the steps that are guided, e.g. 0:0.5; by default all.", metavar="FIRST:LAST"),
     ] = None,
+    feature_cache: Annotated[
+        int,
+        typer.Option(help="The whole UNet runs at every N-th step, its outer layers at the others; 1 is off.", min=1),
+    ] = 1,
     batch_size: Annotated[
         str | None,
         typer.Option(
@@ -78,9 +82,10 @@ def generate(
         guidance_interval=(0.0, 1.0) if guidance_interval is None else interval_from_text(guidance_interval),
         batch_size=_batch_size_from_text(batch_size, len(wanted) if memory else _BATCH_SIZE),
         memory_bytes=bytes_from_text(memory) if memory else None,
+        feature_cache=feature_cache,
     )
     with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
-        rows = generate_files(opened.generator(), wanted, out, seed=seed, options=options, force=force)
+        rows = generate_files(opened.generator(options), wanted, out, seed=seed, options=options, force=force)
     if as_json:
         write_json({"out": str(out), "images": rows})
     else:

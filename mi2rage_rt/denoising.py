@@ -13,7 +13,10 @@ from mi2rage_engines.errors import EngineError
 from mi2rage_rt import noise
 from mi2rage_rt.schedule import Latents, Schedule
 
-__all__ = ["Denoising", "denoise_with_step", "denoise_with_unet", "guidance_embedding"]
+__all__ = ["FEATURE", "Denoising", "denoise_with_step", "denoise_with_unet", "guidance_embedding"]
+
+FEATURE = "feature"
+"""What a full step gives, and shallow ones take."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,17 +27,20 @@ class Denoising:
         schedule: the steps.
         guidance_scale: of classifier-free guidance.
         guided: for each step whether it is guided.
+        full: for each step whether the whole UNet runs; see `full_steps`.
         latent_shape: (channels, height, width).
     """
 
     schedule: Schedule
     guidance_scale: float
     guided: tuple[bool, ...]
+    full: tuple[bool, ...]
     latent_shape: tuple[int, int, int]
 
-    def one_step(self, guided: bool) -> Denoising:
-        """The first step alone, to measure with."""
-        return dataclasses.replace(self, schedule=self.schedule.first_step(), guided=(guided,))
+    def first_steps(self, count: int, guided: bool) -> Denoising:
+        """The first steps alone, to measure with: a full one, and behind it such as take its feature."""
+        full = (True, *[False] * (count - 1))
+        return dataclasses.replace(self, schedule=self.schedule.first_steps(count), guided=(guided,) * count, full=full)
 
 
 def denoise_with_unet(engine: Engine, conditions: Mapping[str, Array], seeds: Sequence[int], how: Denoising) -> Latents:
@@ -70,30 +76,46 @@ def denoise_with_unet(engine: Engine, conditions: Mapping[str, Array], seeds: Se
     return _finite(engine, latents)
 
 
-def denoise_with_step(engine: Engine, conditions: Mapping[str, Array], seeds: Sequence[int], how: Denoising) -> Latents:
+def denoise_with_step(
+    engine: Engine,
+    conditions: Mapping[str, Array],
+    seeds: Sequence[int],
+    how: Denoising,
+    shallow: Engine | None = None,
+) -> Latents:
     """Latents of a batch, which stay where the engine computes until the last step; see `denoise_with_unet`.
 
     Args:
-        engine: the graph `denoise_step` of `GeneratorSpec`.
+        engine: the graph `denoise_step` of `GeneratorSpec`, or `denoise_step_full`.
+        shallow: `denoise_step_shallow`, needed where not all steps are full.
     """
     schedule, time = how.schedule, _Time(engine)
     initial = schedule.initial(_noise(seeds, how.latent_shape, stream=0))
     latents, spare = engine.put(initial, "latents"), engine.put(np.zeros_like(initial), "latents")
-    bound: dict[str, DeviceArray] = {}
-    for step, guided in enumerate(how.guided):
-        if step == 0 or guided != how.guided[step - 1]:
-            bound = _bound(engine, conditions, len(seeds), how.guidance_scale if guided else None)
+    bound: dict[bool, dict[str, DeviceArray]] = {}
+    feature: dict[str, DeviceArray] = {}
+    for step, (guided, full) in enumerate(zip(how.guided, how.full, strict=True)):
+        runs = engine if full or shallow is None else shallow
+        if step and guided != how.guided[step - 1]:
+            bound, feature = {}, {}
+        if full not in bound:
+            bound[full] = _bound(runs, conditions, len(seeds), how.guidance_scale if guided else None)
         drawn = latents  # read, and multiplied by 0
         if schedule.needs_noise(step):
-            drawn = engine.put(_noise(seeds, how.latent_shape, stream=1 + step), "noise")
+            drawn = runs.put(_noise(seeds, how.latent_shape, stream=1 + step), "noise")
         given = {
             "latents": latents,
-            "timestep": engine.put(time.at(schedule, step), "timestep"),
-            "coefficients": engine.put(schedule.coefficients(step), "coefficients"),
+            "timestep": runs.put(time.at(schedule, step), "timestep"),
+            "coefficients": runs.put(schedule.coefficients(step), "coefficients"),
             "noise": drawn,
-            **bound,
+            **bound[full],
         }
-        engine.call(given, into={"next_latents": spare})
+        if full:
+            answer = engine.call(given, into={"next_latents": spare, **feature})
+            # Its memory is written again at the next full step.
+            feature = {FEATURE: answer[FEATURE]} if shallow is not None else {}
+        else:
+            runs.call({**given, **feature}, into={"next_latents": spare})
         latents, spare = spare, latents
     # A copy: on the host the memory is the buffer's, which ends with it.
     return _finite(engine, latents.numpy().copy())

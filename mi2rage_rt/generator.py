@@ -6,58 +6,26 @@ import dataclasses
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mi2rage_engines.engine import Array, Engine, check_names
 from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError
-from mi2rage_engines.spec import GeneratorSpec, GraphSpec
+from mi2rage_engines.spec import GeneratorSpec
 from mi2rage_rt.batch_search import BatchSearch
 from mi2rage_rt.decoder_state import is_on_host
-from mi2rage_rt.denoising import Denoising, denoise_with_step, denoise_with_unet, guidance_embedding
+from mi2rage_rt.denoising import FEATURE, Denoising, denoise_with_step, denoise_with_unet, guidance_embedding
+from mi2rage_rt.generate_options import DENOISERS, SHALLOW, GenerateOptions, graphs_to_load, without_feature_cache
 from mi2rage_rt.memory_use import memory_of
-from mi2rage_rt.schedule import Latents, guided_steps, schedule_for
+from mi2rage_rt.schedule import Latents, full_steps, guided_steps, schedule_for
 from mi2rage_rt.text import PlainTokenizer
 
 __all__ = ["GenerateOptions", "RuntimeGenerator", "graphs_to_load"]
 
 _CONDITIONS = ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond")
-_STEP_INPUTS = ("latents", "timestep", "coefficients", "guidance", "noise")
-_OWN_INPUTS = {"unet": ("sample", "timestep"), "denoise_step": _STEP_INPUTS}
-_LOOPS = {"unet": denoise_with_unet, "denoise_step": denoise_with_step}
-_OWN_OUTPUTS = {"unet": "out_sample", "denoise_step": "next_latents"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """What may differ from the bundle's own defaults; None takes them.
-
-    Attributes:
-        steps: denoising steps; the bundle has a schedule for some numbers.
-        guidance_scale: of classifier-free guidance; 1 or less leaves it out. A model distilled with guidance is told
-            it instead.
-        height, width: in pixels.
-        batch_size: images made together at most; `auto` measures which number makes most images a second.
-        guidance_interval: shares of the steps between which guidance is on, see `guided_steps`.
-        memory_bytes: the batch is kept so small that no more is in use in all, of the process on the CPU or of the
-            GPU; an estimate from batches of one and two images.
-    """
-
-    steps: int | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    batch_size: int | Literal["auto"] = 8
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    memory_bytes: int | None = None
-
-
-def graphs_to_load(spec: GeneratorSpec) -> dict[str, GraphSpec]:
-    """The graphs that a `RuntimeGenerator` uses: `denoise_step` stands in for the `unet` that it holds."""
-    return {name: graph for name, graph in spec.graphs.items() if name != "unet" or "denoise_step" not in spec.graphs}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,8 +50,9 @@ class RuntimeGenerator:
 
     Args:
         spec: the component's part of the manifest.
-        engines: `text_encoder`, `denoise_step` or else `unet`, and `vae_decoder` (left out by a generator that works on
-            pixels); SDXL has `text_encoder_2` too.
+        engines: `text_encoder`; `denoise_step` or else `unet`, or for feature caching `denoise_step_full` and
+            `denoise_step_shallow`; `vae_decoder` (left out by a generator that works on pixels); SDXL has
+            `text_encoder_2` too.
         tokenizer: the prompts'.
         options: defaults of every call.
         tokenizer_2: the second text encoder's.
@@ -91,6 +60,7 @@ class RuntimeGenerator:
     Raises:
         EngineError: a graph lacks a tensor, or takes one that nothing here gives.
         BundleError: `text_outputs`, text encoders and tokenizers differ in number.
+        InputError: the graphs for feature caching do not run on one backend.
     """
 
     def __init__(
@@ -106,8 +76,8 @@ class RuntimeGenerator:
         self.options = options or GenerateOptions()
         self._tokenizers = [tokenizer] if tokenizer_2 is None else [tokenizer, tokenizer_2]
         self._text_encoders = [engines[name] for name in ("text_encoder", "text_encoder_2") if name in engines]
-        self._denoiser = "denoise_step" if "denoise_step" in engines else "unet"
-        self._unet = engines[self._denoiser]
+        self._denoiser = next((name for name in DENOISERS if name in engines), "unet")
+        self._unet, self._shallow = engines[self._denoiser], engines.get(SHALLOW)
         self._vae_decoder = engines.get("vae_decoder")
         self._unet_inputs = {tensor.name: tensor for tensor in self._unet.inputs}
         self._clock, self._memory = time.perf_counter, memory_of(self._unet)
@@ -131,16 +101,26 @@ class RuntimeGenerator:
         for encoder, output in zip(self._text_encoders, outputs, strict=True):
             needed = [output, *pooled] if encoder is self._text_encoders[-1] else [output]
             check_names(encoder, ["input_ids"], needed)
-        own = _OWN_INPUTS[self._denoiser]
-        check_names(self._unet, [*own, _CONDITIONS[0]], [_OWN_OUTPUTS[self._denoiser]])
+        own, outputs_needed = DENOISERS[self._denoiser]
+        check_names(self._unet, [*own, _CONDITIONS[0]], outputs_needed)
         unknown = sorted(set(self._unet_inputs) - {*own, *_CONDITIONS})
         if unknown:
             raise EngineError(
                 f"{self._unet.name}: takes {', '.join(unknown)}, which this release does not give; expected inputs "
                 f"among {', '.join((*own, *_CONDITIONS))}; run it with the release that exported it"
             )
+        if self._shallow is not None:
+            self._check_shallow(self._shallow)
         if self._vae_decoder is not None:
             check_names(self._vae_decoder, ["latent_sample"], ["sample"])
+
+    def _check_shallow(self, shallow: Engine) -> None:
+        check_names(shallow, [*self._unet_inputs, FEATURE], ["next_latents"])
+        if type(shallow) is not type(self._unet):
+            raise InputError(
+                f"{shallow.name}: does not run on the backend of {self._unet.name}; expected one for both, which take "
+                "turns with the same memory; build plans of both, or name a --backend that runs both"
+            )
 
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], options: GenerateOptions | None = None
@@ -166,13 +146,13 @@ class RuntimeGenerator:
         options = options or self.options
         plan = self._plan(options)
         _check_rows(prompts, seeds)
-        batch, denoise = self._batch_size(len(prompts), options, plan), _LOOPS[self._denoiser]
+        batch = self._batch_size(len(prompts), options, plan)
         images = np.empty((len(prompts), *plan.size, 3), dtype=np.uint8)
         encoded = self._encode(list(dict.fromkeys(prompts)), batch)
         for start in range(0, len(prompts), batch):
             rows = slice(start, start + batch)
             conditions = self._conditions([encoded[prompt] for prompt in prompts[rows]], plan)
-            self._decode_into(images[rows], denoise(self._unet, conditions, seeds[rows], plan.how))
+            self._decode_into(images[rows], self._denoise(conditions, seeds[rows], plan.how))
         return images
 
     def batch_size(self, rows: int, options: GenerateOptions | None = None) -> int:
@@ -191,7 +171,7 @@ class RuntimeGenerator:
         most = max(1, rows if options.batch_size == "auto" else min(rows, options.batch_size))
         if options.memory_bytes is None and (most == 1 or options.batch_size != "auto"):
             return most
-        key = (plan.how.guided, plan.how.latent_shape)  # what a batch costs depends on nothing else
+        key = (plan.how.guided, plan.how.full, plan.how.latent_shape)  # what a batch costs depends on nothing else
         if key not in self._searches:
             # Pixels and latents in float32, each with a copy.
             least_bytes = 8 * (3 * math.prod(plan.size) + math.prod(plan.how.latent_shape))
@@ -199,15 +179,27 @@ class RuntimeGenerator:
         most = min(most, self._searches[key].within(options.memory_bytes))
         return self._searches[key].fastest(most) if options.batch_size == "auto" else most
 
+    def _denoise(self, conditions: Mapping[str, Array], seeds: Sequence[int], how: Denoising) -> Latents:
+        if self._denoiser == "unet":
+            return denoise_with_unet(self._unet, conditions, seeds, how)
+        return denoise_with_step(self._unet, conditions, seeds, how, self._shallow)
+
     def _trial(self, plan: _Plan, rows: int) -> float:
         """Seconds for `rows` images, from one step of each kind and one decoding."""
         conditions = self._conditions([self._empty_prompt] * rows, plan)
         images = np.empty((rows, *plan.size, 3), dtype=np.uint8)
-        denoise, seconds = _LOOPS[self._denoiser], 0.0
-        for guided in set(plan.how.guided):
+        kinds, seconds = Counter(zip(plan.how.guided, plan.how.full, strict=True)), 0.0
+
+        def timed(count: int, guided: bool) -> tuple[float, Latents]:
             begin = self._clock()
-            latents = denoise(self._unet, conditions, range(rows), plan.how.one_step(guided))
-            seconds += plan.how.guided.count(guided) * (self._clock() - begin)
+            latents = self._denoise(conditions, range(rows), plan.how.first_steps(count, guided))
+            return self._clock() - begin, latents
+
+        for guided in set(plan.how.guided):
+            full, latents = timed(1, guided)
+            seconds += kinds[guided, True] * full
+            if kinds[guided, False]:
+                seconds += kinds[guided, False] * max(0.0, timed(2, guided)[0] - full)
         begin = self._clock()
         self._decode_into(images, latents)
         return seconds + self._clock() - begin
@@ -227,9 +219,11 @@ class RuntimeGenerator:
         guided = guided_steps(steps, options.guidance_interval)
         if guidance <= 1 or "timestep_cond" in self._unet_inputs:
             guided = (False,) * steps
-        how = Denoising(
-            schedule_for(spec.schedules, steps), guidance, guided, (spec.latents.channels, sizes[0], sizes[1])
-        )
+        if options.feature_cache > 1 and self._shallow is None:
+            raise without_feature_cache(spec, options.feature_cache)
+        full = full_steps(guided, options.feature_cache)
+        shape = (spec.latents.channels, sizes[0], sizes[1])
+        how = Denoising(schedule_for(spec.schedules, steps), guidance, guided, full, shape)
         return _Plan(how, (sizes[0] * spec.latents.downsampling, sizes[1] * spec.latents.downsampling))
 
     def _encode(self, prompts: Sequence[str], batch_size: int) -> dict[str, _Prompt]:

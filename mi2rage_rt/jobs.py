@@ -125,6 +125,7 @@ def _image_row(
         "steps": options.steps or spec.steps,
         "guidance_scale": guidance,
         **({} if whole else {"guidance_interval": list(options.guidance_interval)}),
+        **({} if options.feature_cache == 1 else {"feature_cache": options.feature_cache}),
         "model": generator.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mi2rage_engines.errors import BundleError, InputError
 from mi2rage_engines.spec import ScheduleTable
 
-__all__ = ["Latents", "Schedule", "guided_steps", "interval_from_text", "schedule_for"]
+__all__ = ["Latents", "Schedule", "full_steps", "guided_steps", "interval_from_text", "schedule_for"]
 
 Latents = NDArray[np.float32]
 
@@ -56,10 +56,10 @@ class Schedule:
         """The numbers of `step`, float32 `(4,)`: input scale, then the factors of sample, output and noise."""
         return np.array([getattr(self.table, column)[step] for column in _COLUMNS[1:]], dtype=np.float32)
 
-    def first_step(self) -> Schedule:
-        """A schedule of the first step alone: no usable latents come of it, but their cost does."""
-        first = {column: getattr(self.table, column)[:1] for column in _COLUMNS}
-        return Schedule(self.table.model_copy(update={"steps": 1, **first}))
+    def first_steps(self, count: int) -> Schedule:
+        """A schedule of the first steps alone: no usable latents come of it, but their cost does."""
+        first = {column: getattr(self.table, column)[:count] for column in _COLUMNS}
+        return Schedule(self.table.model_copy(update={"steps": count, **first}))
 
     def needs_noise(self, step: int) -> bool:
         """Whether `step` adds noise."""
@@ -117,6 +117,27 @@ def guided_steps(steps: int, interval: tuple[float, float]) -> tuple[bool, ...]:
             "e.g. 0:0.5 for the first half; correct it"
         )
     return tuple(first <= step / steps < last for step in range(steps))
+
+
+def full_steps(guided: Sequence[bool], interval: int) -> tuple[bool, ...]:
+    """For each step whether the whole UNet runs, rather than its outer layers on the feature that was kept.
+
+    Every `interval`-th does, from the first on (Ma, Fang, Wang 2024, section 3.2), and where guidance begins or ends:
+    the feature has a row for each of the UNet's.
+
+    Args:
+        guided: for each step whether it is guided.
+        interval: 1 is no caching.
+
+    Raises:
+        InputError: the interval is no whole number from 1 on.
+    """
+    if interval < 1:
+        raise InputError(
+            f"feature cache {interval}: expected a whole number of steps from 1 on, of which the first runs the whole "
+            "UNet; 1 is off; give another"
+        )
+    return tuple(step % interval == 0 or guided[step] != guided[step - 1] for step in range(len(guided)))
 
 
 def interval_from_text(text: str) -> tuple[float, float]:

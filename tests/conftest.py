@@ -79,3 +79,17 @@ def exported_bundle(
         export_bundle(folder, request)
 
     return shared(tmp_path_factory, request, "bundle", make)
+
+
+@pytest.fixture(scope="session")
+def cached_bundle(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, tiny_generator: Path
+) -> Path:
+    """The tiny generator with the graphs for feature caching."""
+    from mi2rage_export.bundle_writer import export_bundle
+    from mi2rage_export.request import ExportRequest
+
+    def make(folder: Path) -> None:
+        export_bundle(folder, ExportRequest(generator=tiny_generator, feature_cache=True))
+
+    return shared(tmp_path_factory, request, "cached", make)

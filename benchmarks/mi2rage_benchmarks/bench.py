@@ -50,6 +50,7 @@ class BenchRequest:
         compile: whether `torch.compile` is a side too.
         batch_sizes: rows a call.
         steps: denoising steps of whole generations; None takes the bundle's own.
+        feature_cache: above 1 whole generations are done once more, by bundles with feature caching.
         tokens: of a caption, at most. texts, links: of the chain.
         threads: CPU threads of every side; None takes the cores this process may use.
         repeats, budget_seconds: how long a cell is timed, see `Pace`; with neither until all is known, in 20 s at most.
@@ -72,6 +73,7 @@ class BenchRequest:
     compile: bool = False
     batch_sizes: tuple[int, ...] = (1, 8)
     steps: int | None = None
+    feature_cache: int = 1
     tokens: int = 20
     texts: int = 64
     links: int = 2
@@ -85,7 +87,7 @@ class BenchRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = {"tokens": self.tokens, "texts": self.texts, "links": self.links}
+        numbers = {"feature cache": self.feature_cache, "tokens": self.tokens, "texts": self.texts, "links": self.links}
         numbers |= {f"batch size {size}": size for size in self.batch_sizes}
         optional = {"repeats": self.repeats, "threads": self.threads, "steps": self.steps, "soak": self.soak}
         numbers |= {name: value for name, value in optional.items() if value is not None}
@@ -98,7 +100,7 @@ class BenchRequest:
     @property
     def options(self) -> WorkOptions:
         """What every cell is told."""
-        return WorkOptions(self.steps, self.tokens, self.texts, self.links, self.seed)
+        return WorkOptions(self.steps, self.tokens, self.texts, self.links, self.seed, self.feature_cache)
 
     @property
     def pace(self) -> Pace:

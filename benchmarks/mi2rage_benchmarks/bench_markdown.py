@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mi2rage_benchmarks.ratios import Ratio
 from mi2rage_benchmarks.report import EAGER, BenchCell, BenchReport, MemoryRow, SideResult, Soak
@@ -22,6 +22,8 @@ def markdown(report: BenchReport) -> str:
     parts.append(ceilings + (f"; copy: {report.copy_gbps:.1f} GB/s" if report.copy_gbps else ""))
     if disturbed := disturbances(report):
         parts.append("\n".join(["Disturbed:", "", *(f"- {line}" for line in disturbed)]))
+    if lines := list(_quality_lines(report)):
+        parts.append("\n".join(["Other images than eager's, which is the price of the time:", "", *lines]))
     if report.memory:
         parts.append(table(_MEMORY_TITLES, [_memory_row(row) for row in report.memory]))
     parts += [_soak_line(soak) for soak in report.soak]
@@ -162,6 +164,15 @@ def disturbances(report: BenchReport) -> list[str]:
         if notes:
             lines.append(f"{cell.title}, batch {cell.batch_size}: {'; '.join(notes)}")
     return lines
+
+
+def _quality_lines(report: BenchReport) -> Iterator[str]:
+    """How far images are from eager's where they are not held to be equal."""
+    for cell in report.cells:
+        for side in cell.sides:
+            for check in side.checks:
+                if check.measure == "image_psnr_db" and check.threshold is None:
+                    yield f"- {cell.title}, batch {cell.batch_size}, {side.name}: PSNR {check.value:.1f} dB"
 
 
 def _memory_row(row: MemoryRow) -> list[str]:

@@ -62,6 +62,12 @@ def bench(
     ] = None,
     batch_size: Annotated[list[int] | None, typer.Option(help="Rows a call; may be repeated. Default 1 and 8.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the bundle's own.")] = None,
+    feature_cache: Annotated[
+        int | None,
+        typer.Option(
+            help="Generations once more, by bundles with the whole UNet at every N-th step only.", metavar="N"
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="New tokens of a caption at most. Default 20.")] = None,
     texts: Annotated[int | None, typer.Option(help="Real samples of the chain. Default 64.")] = None,
     links: Annotated[int | None, typer.Option(help="Links of the chain. Default 2.")] = None,
@@ -146,6 +152,7 @@ def bench(
             "again": again,
             "batch_sizes": batch_size,
             "steps": steps,
+            "feature_cache": feature_cache,
             "tokens": tokens,
             "texts": texts,
             "links": links,

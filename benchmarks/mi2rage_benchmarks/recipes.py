@@ -50,6 +50,7 @@ class PartRecipe(BaseModel):
     compile: bool | None = None
     batch_sizes: tuple[int, ...] | None = None
     steps: int | None = None
+    feature_cache: int | None = None
     tokens: int | None = None
     texts: int | None = None
     links: int | None = None

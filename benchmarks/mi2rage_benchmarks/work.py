@@ -32,6 +32,7 @@ class WorkOptions:
         tokens: new tokens of a caption, at most.
         texts: real samples of a chain; links: of it.
         seed: of inputs and noise.
+        feature_cache: above 1 generations are done once more, by bundles with feature caching.
     """
 
     steps: int | None = None
@@ -39,6 +40,7 @@ class WorkOptions:
     texts: int = 64
     links: int = 2
     seed: int = 0
+    feature_cache: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class Work(abc.ABC):
         Of a generator that is the whole denoising step where there is one, of a captioner the decoder for CPUs.
         """
         names = [name for name in manifest.graphs if name.partition("/")[0] in self.roles]
-        unused = {"captioner/decoder_static"}
+        unused = {"captioner/decoder_static", "generator/denoise_step_full", "generator/denoise_step_shallow"}
         if "generator/denoise_step" in names:
             unused.add("generator/unet")
         return tuple(name for name in names if name not in unused)

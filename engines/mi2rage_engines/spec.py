@@ -147,6 +147,17 @@ class LatentSpec(_Spec):
     shift_factor: float = 0.0
 
 
+GeneratorGraph = Literal[
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "denoise_step",
+    "denoise_step_full",
+    "denoise_step_shallow",
+    "vae_decoder",
+]
+
+
 class GeneratorSpec(_Spec):
     """Text to image: graphs in the layout, and with the names, of diffusers and optimum.
 
@@ -162,6 +173,9 @@ class GeneratorSpec(_Spec):
     of sample, output and noise, guidance float32 (groups,): [1] without it, [1 - s, s] with it and a scale s, noise
     float32 like latents, and the UNet's further inputs with two axes (groups, batch) for its rows, the rows without the
     prompt in the first group -> next_latents float32 like latents.
+    `denoise_step_full` and `denoise_step_shallow`, where they are there: the step for feature caching. The former also
+    gives feature (groups, batch, channels, height, width), what the UNet's outermost up block takes from its deep
+    layers; the latter takes it as a further input in place of those layers.
 
     Attributes:
         text_outputs: the output of each text encoder that the UNet sees; joined along the width.
@@ -171,7 +185,7 @@ class GeneratorSpec(_Spec):
 
     kind: Literal["generator"] = "generator"
     name: str
-    graphs: dict[Literal["text_encoder", "text_encoder_2", "unet", "denoise_step", "vae_decoder"], GraphSpec]
+    graphs: dict[GeneratorGraph, GraphSpec]
     tokenizer: TokenizerSpec
     tokenizer_2: TokenizerSpec | None = None
     text_outputs: tuple[str, ...] = ("last_hidden_state",)

@@ -52,7 +52,7 @@ def export_bundle(out: Path | str, request: ExportRequest, *, force: bool = Fals
 
     Raises:
         InputError: `out` exists and `force` is off, a precision names no graph, or a static cache was asked for and
-            there is no captioner.
+            there is no captioner, or feature caching and there is no generator.
         ModelFolderError: a model cannot be loaded, or is of a kind that cannot be exported.
         DataError: the samples to verify or to calibrate with cannot be read.
         MissingExtraError: a package of the extra `export` or `cpu` is missing.
@@ -108,7 +108,7 @@ class _Writer:
                 _release(part)
                 del part, graphs
                 self._quantize(role, sources, licences)
-                self._add_denoise_step(role)
+                self._add_denoise_steps(role)
                 self._check(role, sources, licences, bar)
         return self._manifest(sources, licences)
 
@@ -128,6 +128,10 @@ class _Writer:
             graphs = (with_preprocessing(graphs[0], model.preprocessing), *graphs[1:])
         if self.request.static_cache and family.static_cache is not None:
             graphs = (*graphs, family.static_cache(model))
+        if self.request.feature_cache and role == "generator":
+            from mi2rage_export.feature_cache import refuse_uncuttable
+
+            refuse_uncuttable(model)
         return _Part(role, family, model, graphs)
 
     def _fields(self, part: _Part) -> dict[str, Any]:
@@ -152,10 +156,10 @@ class _Writer:
             self.references.graphs[graph.name] = found
             bar.advance()
             if graph.name == "generator/unet":
-                from mi2rage_export.denoise_step import denoise_step_graph
+                from mi2rage_export.denoise_steps import denoise_step_graphs
 
-                step = denoise_step_graph(graph)
-                self.references.graphs[step.name] = record_graph(step, self.folder, self.request.seed)
+                for step in denoise_step_graphs(graph, with_feature_cache=self.request.feature_cache):
+                    self.references.graphs[step.name] = record_graph(step, self.folder, self.request.seed)
         self.references.write(self.folder)
 
     def _export(self, graph: Graph, bar: progress.Steps) -> GraphSpec:
@@ -165,6 +169,10 @@ class _Writer:
         component, name = graph.name.split("/")
         # A generator's parts have folders of their own, as in optimum's layout.
         file = f"{component}/{name}/model.onnx" if component == "generator" else f"{component}/{name}.onnx"
+        if self.request.feature_cache and graph.name == "generator/unet":
+            from mi2rage_export.feature_cache import with_feature
+
+            graph = with_feature(graph)
         spec = export_in_precision(graph, self.folder / file, file, self.request)
         bar.advance()
         return spec
@@ -189,15 +197,14 @@ class _Writer:
             graphs[name] = quantized(path, graphs[name], precision, calls.get(name, []), keep)
         self.specs[role] = spec.model_copy(update={"graphs": graphs})
 
-    def _add_denoise_step(self, role: str) -> None:
+    def _add_denoise_steps(self, role: str) -> None:
         """Put the sampler around a generator's UNet, which is in its precision by now."""
         unet = self.specs[role].graphs.get("unet")
         if unet is None:
             return
-        from mi2rage_export.denoise_step import NAME, write_denoise_step
+        from mi2rage_export.denoise_steps import write_denoise_steps
 
-        file = f"generator/unet/{NAME}.onnx"
-        graphs = {**self.specs[role].graphs, NAME: write_denoise_step(self.folder / unet.file, file, unet)}
+        graphs = {**self.specs[role].graphs, **write_denoise_steps(self.folder, unet)}
         self.specs[role] = self.specs[role].model_copy(update={"graphs": graphs})
 
     def _check(self, role: str, sources: dict[str, str], licences: dict[str, str], bar: progress.Steps) -> None:

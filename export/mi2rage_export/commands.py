@@ -59,6 +59,9 @@ def export(
     static_cache: Annotated[
         bool, typer.Option("--static-cache", help="Also write the captioner's decoder with a cache of fixed length.")
     ] = False,
+    feature_cache: Annotated[
+        bool, typer.Option("--feature-cache", help="Also write the generator's graphs for 'generate --feature-cache'.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of random weights and of the inputs of the parity checks.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest on stdout.")] = False,
@@ -83,6 +86,7 @@ def export(
         opset=opset,
         preprocess_in_graph=preprocess_in_graph,
         static_cache=static_cache,
+        feature_cache=feature_cache,
         verify=verify,
         calibration=calibration,
         images=images,

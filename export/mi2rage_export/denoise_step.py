@@ -6,19 +6,21 @@ What it computes is `ScheduleTable`'s formula, all of it but the UNet in float32
     rows = coefficients[0] * latents, once for each group
     m = sum over the groups of guidance[group] * unet(rows, timestep, conditions)[group]
     next_latents = coefficients[1] * latents + coefficients[2] * m + coefficients[3] * noise
+
+With feature caching there are three of it, see `denoise_steps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mi2rage_engines.spec import AxisRange, GraphSpec, TensorSpec
-from mi2rage_export.graphs import NORMAL, Graph, Input, Sizes, below, outputs_from
+from mi2rage_export.graphs import NORMAL, Graph, Input, Sizes, below
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,20 +33,23 @@ _GROUPS_CHECKED = (2, 1)
 """The UNet's sizes, from the smallest on, are checked once more in the step, with so many groups; no more of them."""
 
 
-def denoise_step_graph(unet: Graph) -> Graph:
-    """What the step is held to: the UNet's own reference with the formula around it.
+def denoise_step_graph(unet: Graph, name: str = NAME) -> Graph:
+    """What a step is held to: the UNet's own reference with the formula around it.
 
     Args:
-        unet: as its family gives it, in fp32; its module is not to be traced again.
+        unet: in fp32; its module is not to be traced again. What it takes beside sample and time, and what it gives
+            beside the sample, has one row for each of the sample's.
+        name: of the step.
     """
 
     def reference(
         latents: Tensor, time: Tensor, coefficients: Tensor, guidance: Tensor, noise: Tensor, *conditions: Tensor
     ) -> tuple[Tensor, ...]:
         rows = (latents * coefficients[0]).repeat(len(guidance), 1, 1, 1)
-        (output,) = unet.reference(rows, time, *(item.flatten(0, 1) for item in conditions))
+        output, *others = unet.reference(rows, time, *(item.flatten(0, 1) for item in conditions))
         guided = (output.view(len(guidance), *latents.shape) * guidance.view(-1, 1, 1, 1, 1)).sum(0)
-        return (coefficients[1] * latents + coefficients[2] * guided + coefficients[3] * noise,)
+        next_latents = coefficients[1] * latents + coefficients[2] * guided + coefficients[3] * noise
+        return (next_latents, *(item.view(len(guidance), len(latents), *item.shape[1:]) for item in others))
 
     draws = {item.name: item.draw for item in unet.inputs} | dict.fromkeys(("latents", "coefficients", "noise"), NORMAL)
     # None is negative: the difference of answers that are all but equal would be nothing but rounding.
@@ -52,9 +57,9 @@ def denoise_step_graph(unet: Graph) -> Graph:
     specs = _inputs_of([item.spec for item in unet.inputs])
     return dataclasses.replace(
         unet,
-        name=f"generator/{NAME}",
+        name=f"generator/{name}",
         inputs=tuple(Input(spec.name, spec.dtype, spec.shape, draws[spec.name]) for spec in specs),
-        outputs=outputs_from(next_latents=unet.inputs[0].shape),
+        outputs=tuple(_outputs_of(unet.outputs)),
         reference=reference,
         checked=tuple(map(_checked_sizes, unet.checked, _GROUPS_CHECKED)),
         axes=_axes(unet.axes),
@@ -70,8 +75,17 @@ def _inputs_of(unet: Sequence[TensorSpec]) -> list[TensorSpec]:
         TensorSpec(name="coefficients", dtype="float32", shape=(4,)),
         TensorSpec(name="guidance", dtype="float32", shape=("groups",)),
         TensorSpec(name="noise", dtype="float32", shape=latents),
-        *(spec.model_copy(update={"shape": ("groups", *spec.shape)}) for spec in unet[2:]),
+        *_in_groups(unet[2:]),
     ]
+
+
+def _outputs_of(unet: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """The step's outputs from the UNet's, of which the first is its sample."""
+    return [TensorSpec(name="next_latents", dtype="float32", shape=unet[0].shape), *_in_groups(unet[1:])]
+
+
+def _in_groups(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    return [spec.model_copy(update={"shape": ("groups", *spec.shape)}) for spec in specs]
 
 
 def _axes(unet: Mapping[str, AxisRange]) -> dict[str, AxisRange]:
@@ -86,22 +100,26 @@ def _checked_sizes(unet: Sizes, groups: int) -> Sizes:
     return {**unet, "batch": max(1, unet["batch"] // groups), "groups": groups}
 
 
-def write_denoise_step(path: Path, file: str, unet: GraphSpec) -> GraphSpec:
-    """Write the step's graph beside the UNet's.
+def write_denoise_step(
+    path: Path, file: str, unet: GraphSpec, prepare: Callable[[Any, GraphSpec], GraphSpec] | None = None
+) -> GraphSpec:
+    """Write a step's graph beside the UNet's.
 
     Args:
         path: the UNet's finished `.onnx` file.
         file: the step's path as the manifest has it, relative to the bundle, in the same folder.
         unet: of that file.
+        prepare: changes the UNet's `onnx_ir.Model` first, in place, and returns what it takes and gives then.
     """
     import onnx_ir as ir
 
     model = ir.load(path)
+    if prepare is not None:
+        unet = prepare(model, unet)
     _surround(model, unet)
     # Without a name for external data those that are outside stay where they are: no second copy of the weights.
     ir.save(model, path.with_name(Path(file).name))
-    inputs = tuple(_inputs_of(unet.inputs))
-    outputs = (TensorSpec(name="next_latents", dtype="float32", shape=inputs[0].shape),)
+    inputs, outputs = tuple(_inputs_of(unet.inputs)), tuple(_outputs_of(unet.outputs))
     return unet.model_copy(update={"file": file, "inputs": inputs, "outputs": outputs, "axes": _axes(unet.axes)})
 
 
@@ -140,7 +158,7 @@ def _surround(model: Any, unet: GraphSpec) -> None:
     graph = model.graph
     _rename_batch(graph)
     rows, timestep, *conditions = graph.inputs
-    (answer,) = graph.outputs
+    answer, *others = graph.outputs
     given = {spec.name: _value(spec) for spec in _inputs_of(unet.inputs)} | {timestep.name: timestep}
     before, behind = _Nodes(graph), _Nodes(graph)
     coefficients = before.add(
@@ -154,7 +172,7 @@ def _surround(model: Any, unet: GraphSpec) -> None:
     result.name, result.shape = "next_latents", ir.Shape(unet.inputs[0].shape)
     result.type = ir.TensorType(ir.DataType.FLOAT)
     graph.inputs[:] = list(given.values())
-    graph.outputs[:] = [result]
+    graph.outputs[:] = [result, *_in_two_axes(behind, given["guidance"], others, unet.outputs[1:])]
     graph.insert_before(graph[0], before.nodes)
     graph.extend(behind.nodes)
 
@@ -194,6 +212,24 @@ def _enter(nodes: _Nodes, given: Mapping[str, Any], rows: Any, conditions: Seque
         shape = nodes.one("Concat", [minus_one, rest], f"{inner.name}_shape", axis=0)
         flat = nodes.one("Reshape", [given[inner.name], shape], f"{inner.name}_rows")
         ir.convenience.replace_all_uses_with(inner, flat)
+
+
+def _in_two_axes(nodes: _Nodes, guidance: Any, values: Sequence[Any], specs: Sequence[TensorSpec]) -> list[Any]:
+    """What else the UNet gives, its rows with their two axes again."""
+    import onnx_ir as ir
+
+    results = []
+    for value, spec, step in zip(values, specs, _in_groups(specs), strict=True):
+        value.name = f"{spec.name}_rows"
+        groups = nodes.one("Shape", [guidance], f"{spec.name}_groups")
+        rest = nodes.one("Shape", [value], f"{spec.name}_rest", start=1)
+        shape = nodes.one(
+            "Concat", [groups, nodes.constant(f"{spec.name}_batch", [-1]), rest], f"{spec.name}_grouped", axis=0
+        )
+        result = nodes.one("Reshape", [value, shape], spec.name)
+        result.name, result.shape, result.type = step.name, ir.Shape(step.shape), ir.TensorType(value.dtype)
+        results.append(result)
+    return results
 
 
 def _leave(nodes: _Nodes, given: Mapping[str, Any], answer: Any, coefficients: Sequence[Any]) -> Any:

@@ -33,6 +33,8 @@ class ExportRequest:
         opset: 18 to 25.
         preprocess_in_graph: images go in as they are, resized in the captioner's graph as Pillow does it.
         static_cache: the captioner gets a second decoder graph, with a cache of fixed length (`decoder_static`).
+        feature_cache: the generator gets graphs for feature caching across steps (`denoise_step_full`,
+            `denoise_step_shallow`).
         verify: samples to measure the task's own figures on, before and after.
         calibration: samples that `int8-qdq` takes its scales from.
         images: folder of both files' images; by default each file's own.
@@ -50,6 +52,7 @@ class ExportRequest:
     opset: int = OPSET
     preprocess_in_graph: bool = False
     static_cache: bool = False
+    feature_cache: bool = False
     verify: Path | None = None
     calibration: Path | None = None
     images: Path | None = None

@@ -32,7 +32,7 @@ def load_models(request: ExportRequest) -> Models:
     """Load what is to be exported, and see that the samples given with it can be used.
 
     Raises:
-        InputError: two models for one role, or a static cache for no captioner.
+        InputError: two models for one role, a static cache for no captioner, or feature caching for no generator.
         DataError: samples that cannot be read, or do not fit the models.
         ModelFolderError: a folder or hub id that cannot be loaded, or whose files do not belong together.
     """
@@ -42,6 +42,11 @@ def load_models(request: ExportRequest) -> Models:
         raise InputError(
             f"static cache: came with {', '.join(sorted(roles))} alone; expected a captioner, whose decoder it is for; "
             "give --captioner, or leave --static-cache out"
+        )
+    if request.feature_cache and "generator" not in roles:
+        raise InputError(
+            f"feature cache: came with {', '.join(sorted(roles))} alone; expected a generator, whose UNet it is for; "
+            "give --generator, or leave --feature-cache out"
         )
     check_files(request, roles)
     sources = dict(request.sources)

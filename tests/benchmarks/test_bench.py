@@ -300,3 +300,34 @@ def test_the_command_prints_a_table_or_json_and_writes_a_file(report, tmp_path, 
     request = asked[0][1]
     assert (request.batch_sizes, [str(path) for path in request.also]) == ((1, 3), ["other"])
     assert np.all([side.timing.median_ms > 0 for cell in report.cells for side in cell.sides])
+
+
+def test_feature_caching_is_a_cell_of_its_own_with_its_price(cached_bundle, tiny_generator, exported_bundle):
+    request = BenchRequest(
+        generator=tiny_generator,
+        subjects=("generate",),
+        feature_cache=2,
+        batch_sizes=(2,),
+        steps=5,
+        threads=1,
+        repeats=2,
+    )
+    report = run_bench(cached_bundle, request)
+    titles = [f"generation, 5 steps, {words}" for words in ("guided", "no guidance")]
+    assert [cell.title for cell in report.cells] == [*titles, *(f"{title}, feature cache 2" for title in titles)]
+    checks = [cell.sides[1].checks[0] for cell in report.cells]
+    assert {check.measure for check in checks} == {"image_psnr_db"}
+    assert [check.threshold for check in checks] == [40.0, 40.0, None, None]
+    assert all(whole.value > 60 > cached.value > 10 for whole, cached in zip(checks[:2], checks[2:], strict=True))
+    assert {"denoise_step_full", "denoise_step_shallow"} <= report.cells[2].sides[1].stages_ms.keys()
+    assert "denoise_step_shallow" not in report.cells[0].sides[1].stages_ms
+    lines = markdown(report).splitlines()
+    said = [line for line in lines if line.endswith(" dB")]
+    assert said == [
+        f"- {cell.title}, batch 2, ONNX Runtime fp32: PSNR {check.value:.1f} dB"
+        for cell, check in zip(report.cells[2:], checks[2:], strict=True)
+    ]
+    with pytest.raises(InputError, match=r"feature cache 2: .* exported with --feature-cache"):
+        run_bench(exported_bundle, request)
+    with pytest.raises(InputError, match="feature cache: 0 is too small"):
+        BenchRequest(feature_cache=0)

@@ -126,17 +126,17 @@ def _text_encoder(vocabulary: int, width: int, *, projected: bool = False, **opt
 def _unet(text_width: int, **options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=6,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=text_width,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        **options,
-    ).eval()
+    usual: dict[str, Any] = {
+        "sample_size": 6,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": text_width,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(usual | options)).eval()
 
 
 def _vae(kind: str) -> Any:

@@ -13,7 +13,7 @@ from mi2rage_engines.errors import BundleError, DataError, EngineError, InputErr
 from mi2rage_engines.spec import TensorSpec
 from mi2rage_rt import noise
 from mi2rage_rt.bundle import Bundle
-from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator
+from mi2rage_rt.generator import GenerateOptions, RuntimeGenerator, graphs_to_load
 from mi2rage_rt.protocols import TextToImage
 
 
@@ -338,3 +338,91 @@ def test_images_do_not_depend_on_the_batch(generator: RuntimeGenerator) -> None:
     for batch_size in (2, 5, 8):
         together = generator.generate(prompts, seeds, GenerateOptions(batch_size=batch_size, steps=5))
         assert np.abs(together.astype(int) - alone).max() <= 1  # rounding
+
+
+def _steps_with_cache(generator: RuntimeGenerator) -> dict[str, Made]:
+    """The two graphs for feature caching: the next latents are halves of the old ones."""
+    shapes: dict[str, tuple[Any, ...]] = {
+        "latents": ("batch", 12, "height", "width"),
+        "timestep": (),
+        "coefficients": (4,),
+        "guidance": ("groups",),
+        "noise": ("batch", 12, "height", "width"),
+        "encoder_hidden_states": ("groups", "batch", "sequence", 4),
+    }
+    feature: dict[str, tuple[Any, ...]] = {"feature": ("groups", "batch", 5, "height", "width")}
+    halves = {"next_latents": lambda inputs: inputs["latents"] / 2}
+    kept = {"feature": lambda inputs: np.zeros((len(inputs["guidance"]), len(inputs["latents"]), 5, 2, 2), np.float32)}
+    return {"denoise_step_full": Made(shapes, halves | kept), "denoise_step_shallow": Made(shapes | feature, halves)}
+
+
+def _cached(parts: RuntimeGenerator, steps: Mapping[str, Any]) -> RuntimeGenerator:
+    engines = {"text_encoder": parts._text_encoders[0], "vae_decoder": Watched(parts._vae_decoder), **steps}
+    graph = parts.spec.graphs["unet"]
+    graphs = {**parts.spec.graphs, "denoise_step": graph, "denoise_step_full": graph, "denoise_step_shallow": graph}
+    return RuntimeGenerator(parts.spec.model_copy(update={"graphs": graphs}), engines, parts._tokenizers[0])
+
+
+def test_every_so_many_steps_one_runs_the_whole_unet(parts: RuntimeGenerator) -> None:
+    steps = _steps_with_cache(parts)
+    generator = _cached(parts, steps)
+    full, shallow = (steps[name].calls for name in ("denoise_step_full", "denoise_step_shallow"))
+    for interval, expected in ((1, (5, 0)), (2, (3, 2)), (4, (2, 3)), (5, (1, 4)), (99, (1, 4))):
+        generator.generate(["a", "dog"], [1, 2], GenerateOptions(steps=5, feature_cache=interval))
+        assert (len(full), len(shallow)) == expected
+        full.clear()
+        shallow.clear()
+    with pytest.raises(InputError, match="feature cache 0: expected a whole number"):
+        generator.generate(["a"], [0], GenerateOptions(feature_cache=0))
+
+
+def test_graphs_for_caching_are_loaded_where_they_are_asked_for(parts: RuntimeGenerator) -> None:
+    plain, spec = parts.spec, _cached(parts, _steps_with_cache(parts)).spec
+    assert set(graphs_to_load(spec)) == {"text_encoder", "denoise_step", "vae_decoder"}
+    assert set(graphs_to_load(spec, GenerateOptions(feature_cache=1))) == set(graphs_to_load(spec))
+    asked = set(graphs_to_load(spec, GenerateOptions(feature_cache=3)))
+    assert asked == {"text_encoder", "denoise_step_full", "denoise_step_shallow", "vae_decoder"}
+    assert set(graphs_to_load(plain)) == {"text_encoder", "unet", "vae_decoder"}
+    with pytest.raises(InputError, match=r"feature cache 3: .* has no graphs for it; .* exported with --feature-cache"):
+        graphs_to_load(plain, GenerateOptions(feature_cache=3))
+    with pytest.raises(InputError, match=r"feature cache 3: .* has no graphs for it"):
+        parts.generate(["a"], [0], GenerateOptions(feature_cache=3))
+    opened_without = _cached(parts, {"unet": parts._unet})
+    with pytest.raises(InputError, match=r"feature cache 2: .* was opened without the graphs for it"):
+        opened_without.generate(["a"], [0], GenerateOptions(feature_cache=2))
+
+
+def test_graphs_for_caching_that_do_not_fit_are_refused(parts: RuntimeGenerator) -> None:
+    steps = _steps_with_cache(parts)
+    with pytest.raises(InputError, match="does not run on the backend of made"):
+        _cached(parts, {**steps, "denoise_step_shallow": Watched(steps["denoise_step_shallow"])})
+    with pytest.raises(EngineError, match="has no input feature"):
+        _cached(parts, {**steps, "denoise_step_shallow": steps["denoise_step_full"]})
+    with pytest.raises(EngineError, match="has no output feature"):
+        _cached(parts, {**steps, "denoise_step_full": steps["denoise_step_shallow"]})
+
+
+def test_the_time_of_a_batch_knows_steps_of_both_kinds(parts: RuntimeGenerator) -> None:
+    steps = _steps_with_cache(parts)
+    generator = _cached(parts, steps)
+    now = [0.0]
+    generator._clock = lambda: now[0]
+    for name, seconds in (("denoise_step_full", 10.0), ("denoise_step_shallow", 3.0)):
+        _delay(steps[name], now, seconds)
+    _delay(generator._vae_decoder, now, 1.0)
+    for interval, expected in ((1, 5 * 10), (2, 3 * 10 + 2 * 3), (9, 10 + 4 * 3)):
+        plan = generator._plan(GenerateOptions(steps=5, feature_cache=interval))
+        assert generator._trial(plan, 2) == pytest.approx(expected + 1)
+    # Guidance on the first half of five steps, which are 0, 1 and 2: full are 0 and 2 with it, 3 and 4 without.
+    half = GenerateOptions(steps=5, feature_cache=2, guidance_interval=(0.0, 0.5))
+    assert generator._trial(generator._plan(half), 2) == pytest.approx(4 * 10 + 1 * 3 + 1)
+
+
+def _delay(engine: Any, now: list[float], seconds: float) -> None:
+    run = engine.run
+
+    def slow(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        now[0] += seconds
+        return run(inputs)
+
+    engine.run = slow

@@ -7,7 +7,7 @@ import pytest
 
 from mi2rage_engines.errors import BundleError, InputError
 from mi2rage_engines.spec import ScheduleTable
-from mi2rage_rt.schedule import Schedule, guided_steps, interval_from_text, schedule_for
+from mi2rage_rt.schedule import Schedule, full_steps, guided_steps, interval_from_text, schedule_for
 from tests.runtime.tiny_bundle import schedule
 
 
@@ -100,7 +100,7 @@ def test_the_numbers_of_a_step() -> None:
     assert ours.scaled(latents, 0) is latents  # nothing to compute, no copy
     np.testing.assert_array_equal(ours.scaled(latents, 1), [[0.25, 0.25]])
     np.testing.assert_array_equal(ours.initial(latents), [[3.0, 3.0]])
-    first = ours.first_step()
+    first = ours.first_steps(1)
     assert first.steps == 1
     assert first.table.timesteps == table.timesteps[:1]
     np.testing.assert_array_equal(first.coefficients(0), ours.coefficients(0))
@@ -119,6 +119,24 @@ def test_the_numbers_of_a_step() -> None:
 )
 def test_guidance_on_a_share_of_the_steps(steps: int, interval: tuple[float, float], expected: list[int]) -> None:
     assert [step for step, guided in enumerate(guided_steps(steps, interval)) if guided] == expected
+
+
+@pytest.mark.parametrize(
+    ("guided", "interval", "expected"),
+    [
+        ("1111111", 1, [0, 1, 2, 3, 4, 5, 6]),
+        ("1111111", 3, [0, 3, 6]),
+        ("0000", 9, [0]),
+        ("1111000", 3, [0, 3, 4, 6]),  # at 4 guidance ends
+        ("0110", 4, [0, 1, 3]),
+        ("", 2, []),
+    ],
+)
+def test_steps_that_run_the_whole_unet(guided: str, interval: int, expected: list[int]) -> None:
+    found = full_steps([letter == "1" for letter in guided], interval)
+    assert [step for step, full in enumerate(found) if full] == expected
+    with pytest.raises(InputError, match="feature cache 0: expected a whole number of steps from 1 on"):
+        full_steps([True], 0)
 
 
 def test_unusable_intervals() -> None:

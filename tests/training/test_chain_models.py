@@ -192,6 +192,7 @@ def test_a_bundle_without_one_of_the_models_is_refused(
     ("sampling", "device", "error", "said"),
     [
         (Sampling(steps=4), "auto", InputError, "steps 4: this bundle has no schedule of that length"),
+        (Sampling(feature_cache=2), "auto", InputError, "feature cache 2: tiny-generator has no graphs for it"),
         (Sampling(), "cuda:1", InputError, "device 'cuda:1': a bundle runs on one of: auto, cpu, cuda"),
         (Sampling(), "cuda", EngineError, "CUDAExecutionProvider is not in this build"),
     ],
@@ -216,6 +217,8 @@ def test_a_bundle_and_other_models_are_one_too_many(bundle: Path) -> None:
         models_from(bundle, "a", "b", Sampling(), "cpu")
     with pytest.raises(BundleError, match="no such folder"):
         models_from(bundle / "nowhere", None, None, Sampling(), "cpu")
+    with pytest.raises(InputError, match="--feature-cache 2: came without --bundle; expected an exported bundle"):
+        models_from(None, None, None, Sampling(feature_cache=2), "cpu")
 
 
 def test_a_bundle_needs_no_pytorch(bundle: Path, rows: Path, tmp_path: Path) -> None:

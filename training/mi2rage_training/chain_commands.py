@@ -41,6 +41,9 @@ def synthesize(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = None,
+    feature_cache: Annotated[
+        int, typer.Option(min=1, help="With --bundle: the whole UNet at every N-th step only; 1 is off.")
+    ] = 1,
     first_prompt: Annotated[
         str, typer.Option(help="What the first image is drawn from: {sentence} {head} {tail} {label}.")
     ] = "{sentence}",
@@ -126,7 +129,7 @@ def synthesize(
             f"--select-online: came {select_online} without --judge; expected the teachers of an earlier selection, "
             "which say what a child adds; give them ('select --teachers'), or leave it out"
         )
-    check_sources(bundle, generator, captioner)
+    check_sources(bundle, generator, captioner, feature_cache)
     pool = cluster_options(ray, workers, gpus_per_worker, cpus_per_worker, tries, in_flight)
     seconds = None if stop_after is None else seconds_from(stop_after)
     options = RunOptions(tries, Budget(seconds, stop_at_kept, stop_at_cost, cost_per_hour), gallery)
@@ -152,7 +155,7 @@ def synthesize(
     bad_rows: list[BadRow] = []
     shown = Modality.TEXT if kind is Given.TEXT else Modality.BOTH
     pairs = load_pairs(samples, images=images, modality=shown, skip_bad=skip_bad, bad_rows=bad_rows)[:limit]
-    wanted = ModelChoice(bundle, generator, captioner, Sampling(steps, guidance, decoded), judge, device)
+    wanted = ModelChoice(bundle, generator, captioner, Sampling(steps, guidance, decoded, feature_cache), judge, device)
     if new_run and (aside := set_aside(out)) is not None:
         typer.echo(f"the earlier store is now {aside}", err=True)
     if pool is not None:

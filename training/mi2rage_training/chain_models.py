@@ -33,11 +33,13 @@ class Sampling:
         steps: of denoising.
         guidance_scale: 1 is off.
         decoding: of captions.
+        feature_cache: a bundle's alone: see `GenerateOptions`; 1 is off.
     """
 
     steps: int | None = None
     guidance_scale: float | None = None
     decoding: CaptionDecoding = dataclasses.field(default_factory=CaptionDecoding)
+    feature_cache: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ class ChainModels:
         return dataclasses.replace(self.overlap, in_flight=in_flight) if in_flight else self.overlap
 
 
-def check_sources(bundle: Path | None, generator: str | None, captioner: str | None) -> None:
-    """Refuse a bundle beside models that stand in place of its own.
+def check_sources(bundle: Path | None, generator: str | None, captioner: str | None, feature_cache: int = 1) -> None:
+    """Refuse a bundle beside models that stand in place of its own, and feature caching without one.
 
     Raises:
-        InputError: there are both.
+        InputError: there are both, or there is no bundle to cache with.
     """
     names = {"--generator": generator, "--captioner": captioner}
     others = [f"{option} {name}" for option, name in names.items() if name is not None]
@@ -79,6 +81,11 @@ def check_sources(bundle: Path | None, generator: str | None, captioner: str | N
         raise InputError(
             f"--bundle {bundle}: came with {' and '.join(others)}; expected a bundle alone, which holds both models; "
             "leave one or the other out"
+        )
+    if bundle is None and feature_cache != 1:
+        raise InputError(
+            f"--feature-cache {feature_cache}: came without --bundle; expected an exported bundle, for PyTorch's "
+            "generators run every step whole; give one that was exported with --feature-cache, or leave it out"
         )
 
 
@@ -95,7 +102,7 @@ def models_from(
     Args:
         threads: that a bundle on a CPU may use; by default as many as this process has cores. PyTorch has its own.
     """
-    check_sources(bundle, generator, captioner)
+    check_sources(bundle, generator, captioner, sampling.feature_cache)
     if bundle is not None:
         return models_from_bundle(bundle, sampling, device, threads)
     return models_from_folders(generator or EMBEDDED, captioner or EMBEDDED, sampling, device)
@@ -138,7 +145,8 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: i
         threads: see `models_from`.
 
     Raises:
-        InputError: the device is none of these, or the bundle has no schedule of so many steps.
+        InputError: the device is none of these, or the bundle has no schedule of so many steps, or no graphs for
+            feature caching.
         BundleError: the bundle is not whole, or lacks a generator or a captioner.
         MissingExtraError: ONNX Runtime is not installed.
         EngineError: a graph cannot be loaded, or ONNX Runtime has no CUDA.
@@ -156,7 +164,8 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: i
     bundle = Bundle(folder, manifest, opener)
     decoding = dataclasses.asdict(sampling.decoding)
     captioner = bundle.captioner(CaptionOptions(**decoding))
-    generator = bundle.generator(GenerateOptions(sampling.steps, sampling.guidance_scale))
+    drawing = GenerateOptions(sampling.steps, sampling.guidance_scale, feature_cache=sampling.feature_cache)
+    generator = bundle.generator(drawing)
     generator.batch_size(1)  # refuses steps without a schedule here rather than in the middle of a run
     spec, written = generator.spec, captioner.spec
     described = {
@@ -168,6 +177,8 @@ def models_from_bundle(folder: Path, sampling: Sampling, device: str, threads: i
         "height": spec.height,
         "width": spec.width,
         "decoding": decoding,
+        # Only where it is on: stores of earlier releases go on.
+        **({} if sampling.feature_cache == 1 else {"feature_cache": sampling.feature_cache}),
     }
     overlap = usual_overlap(generator, captioner)
     if small and generator.on_host and captioner.on_host:
