@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mi2rage_rt.backend_option import BackendOption
+from mi2rage_rt.pool_option import CpusOption, GpusOption, RayOption, WorkersOption
 
 __all__ = ["caption", "doctor", "generate", "inspect", "predict"]
 
@@ -155,6 +156,10 @@ def predict(
     backend: BackendOption = "auto",
     provider: _Provider = None,
     threads: _Threads = None,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     as_json: _Json = False,
 ) -> None:
     """Predict the relation of each sample's entity pair, from a bundle."""
@@ -166,17 +171,24 @@ def predict(
     from mi2rage_rt.console import write_json, write_table
     from mi2rage_rt.files import atomic_text
     from mi2rage_rt.jobs import Skipped, predict_samples
+    from mi2rage_rt.pool_option import pool_options
+    from mi2rage_rt.predict_cluster import ClassifierChoice, predict_on_cluster
     from mi2rage_rt.samples import BadRow, read_samples
 
     if out is not None and out.exists() and not force:
         raise InputError(f"{out}: exists; give another file, or --force to replace it")
     bad_rows: list[BadRow] = []
     skipped: list[Skipped] = []
+    pool = pool_options(ray, workers, gpus_per_worker, cpus_per_worker)
     rows = read_samples(samples, skip_bad=skip_bad, bad_rows=bad_rows)
-    with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
-        classifier = opened.classifier(batch_size)
-        folder = None if text_only else images or samples.parent
-        predictions = predict_samples(classifier, rows, folder, skip_bad=skip_bad, skipped=skipped, fast_jpeg=fast_jpeg)
+    folder = None if text_only else images or samples.parent
+    manner: Any = {"skip_bad": skip_bad, "skipped": skipped, "fast_jpeg": fast_jpeg}
+    if pool is not None:
+        choice = ClassifierChoice(bundle, backend, None if provider is None else tuple(provider), threads, batch_size)
+        predictions = predict_on_cluster(choice, rows, folder, pool, **manner)
+    else:
+        with Bundle.open(bundle, backend, providers=provider, threads=threads) as opened:
+            predictions = predict_samples(opened.classifier(batch_size), rows, folder, **manner)
     if out is not None:
         with atomic_text(out) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)

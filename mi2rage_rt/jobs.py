@@ -27,10 +27,21 @@ from mi2rage_rt.samples import Sample
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["IMAGES_MANIFEST", "caption_files", "generate_files", "predict_samples", "read_prompts"]
+__all__ = [
+    "IMAGES_MANIFEST",
+    "ROWS_AT_ONCE",
+    "Skipped",
+    "caption_files",
+    "generate_files",
+    "nothing_left",
+    "predict_samples",
+    "predict_some",
+    "read_prompts",
+]
 
 IMAGES_MANIFEST = "manifest.jsonl"
-_ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64
+"""Samples that are sorted into batches together, at least."""
 _AHEAD = 64
 """Images that are decoded in advance."""
 _REDUCING_GAP = 2
@@ -199,6 +210,27 @@ def predict_samples(
     Raises:
         DataError: an image is missing or unreadable, or a label unknown to the classifier.
     """
+    rows = predict_some(classifier, samples, images, skip_bad=skip_bad, skipped=skipped, fast_jpeg=fast_jpeg)
+    if not rows:
+        raise nothing_left(len(samples))
+    return rows
+
+
+def nothing_left(count: int) -> DataError:
+    """The error where all samples were skipped."""
+    return DataError(f"all {count} samples were skipped; expected at least one usable; see the warnings")
+
+
+def predict_some(
+    classifier: RuntimeClassifier,
+    samples: Sequence[Sample],
+    images: Path | None,
+    *,
+    skip_bad: bool = False,
+    skipped: list[Skipped] | None = None,
+    fast_jpeg: bool = False,
+) -> list[dict[str, Any]]:
+    """As `predict_samples`, but for a part of the samples, all of which may be skipped."""
     rows: list[dict[str, Any]] = []
     read = _loader(classifier.spec, "image" if "image" in classifier.spec.graphs else "classifier", fast_jpeg)
 
@@ -209,7 +241,7 @@ def predict_samples(
         steps("predict", len(samples)) as bar,
         prefetch((sample.image for sample in samples), load, ahead=_AHEAD, workers=usable_cores()) as loaded,
     ):
-        for chunk in _chunks(samples, max(_ROWS_AT_ONCE, classifier.batch_size)):
+        for chunk in _chunks(samples, max(ROWS_AT_ONCE, classifier.batch_size)):
             kept: list[tuple[Sample, Image | None]] = []
             for sample, image in zip(chunk, loaded, strict=False):  # the chunk first: none is taken beyond it
                 try:
@@ -225,8 +257,6 @@ def predict_samples(
             for (sample, _), prediction in zip(kept, predictions, strict=True):
                 rows.append(_prediction_row(sample, prediction.relation, prediction.probability))
             bar.advance(len(chunk))
-    if not rows:
-        raise DataError(f"all {len(samples)} samples were skipped; expected at least one usable; see the warnings")
     return rows
 
 

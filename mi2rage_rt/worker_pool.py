@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import statistics
 import time
 from collections import deque
@@ -25,15 +24,13 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from mi2rage_engines.errors import InputError, Mi2rageError, require
+from mi2rage_engines.errors import Mi2rageError
+from mi2rage_rt.ray_cluster import PoolOptions, connected, gpus_each, resources, room
 
-__all__ = ["Done", "PoolOptions", "WorkerPool"]
+__all__ = ["Done", "WorkerPool"]
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local"
-_OBJECT_STORE_BYTES = 256 * 1024**2
-"""Of a local cluster; items and results are small."""
 _WAIT_S = 1.0
 _STRAGGLES = 3.0
 """An item that takes so many times as long as half of them did is made by a second worker as well."""
@@ -41,48 +38,6 @@ _STARVED_S = 60.0
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolOptions:
-    """Where the workers are, and what each has.
-
-    Attributes:
-        address: `local` starts a cluster on this machine for the time of the run; else that of a running cluster, e.g.
-            `auto` or `10.0.0.1:6379`.
-        workers: the most at a time, 1 or more; None takes as many as the cluster has room for at the start.
-        gpus_per_worker: of each, 0 or more; a part of 1 has several workers share a GPU. None is 1 where the cluster
-            has GPUs, else 0.
-        cpus_per_worker: of each, above 0: what Ray keeps free for it, and (rounded, at least 1) the threads that its
-            models use on a CPU.
-        tries: workers that an item may kill before it counts as lost, 1 or more.
-    """
-
-    address: str = LOCAL
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    cpus_per_worker: float = 1.0
-    tries: int = 3
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise InputError(
-                f"workers: came {self.workers}; expected 1 or more, or none for all that there is room for"
-            )
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise InputError(
-                f"GPUs per worker: came {self.gpus_per_worker}; expected 0 (a CPU), a part of 1 (a GPU is shared), or "
-                "whole ones"
-            )
-        if self.cpus_per_worker <= 0:
-            raise InputError(f"CPUs per worker: came {self.cpus_per_worker}; expected a number above 0, e.g. 1")
-        if self.tries < 1:
-            raise InputError(f"tries: came {self.tries}; expected 1 or more")
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of each worker's models."""
-        return max(1, round(self.cpus_per_worker))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,7 +55,15 @@ class _Job:
     begun_s: float = 0.0
     deaths: int = 0
     copies: int = 0
-    done: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Of a call: its result, or the error it raised, or that its worker died."""
+
+    result: Any = None
+    error: Exception | None = None
+    died: bool = False
 
 
 class _Worker:
@@ -132,10 +95,10 @@ class WorkerPool:
 
     def __init__(self, options: PoolOptions, begin: Callable[[], Any]) -> None:
         self.options = options
-        self._ray = _connected(options)
+        self._ray = connected(options)
         try:
-            self._gpus = self._gpus_each()
-            self._most = options.workers or self._room()
+            self._gpus = gpus_each(options, self._ray)
+            self._most = options.workers or room(options, self._ray, self._gpus)
             self._begin = self._ray.put(begin)
         except BaseException:
             self._ray.shutdown()
@@ -192,6 +155,7 @@ class WorkerPool:
         """
         fresh, again, making = map(_Job, items), deque[_Job](), set[_Job]()
         exhausted = False
+        self._took_s.clear()
         while True:
             while self._idle and (again or not exhausted):
                 job = again.popleft() if again else next(fresh, None)
@@ -204,12 +168,14 @@ class WorkerPool:
                 if not making:
                     return
                 self._double(making, call)
-            for job, result in self._finished():
+            for job, outcome in self._ended():
                 if job not in making:
                     continue  # made by another worker meanwhile, or for an earlier caller
-                if result is not _DIED:
+                if outcome.error is not None:
+                    raise outcome.error
+                if not outcome.died:
                     making.remove(job)
-                    yield Done(job.item, result)
+                    yield Done(job.item, outcome.result)
                 elif job.deaths >= self.options.tries:
                     making.remove(job)
                     yield Done(job.item, None, lost=True)
@@ -230,8 +196,8 @@ class WorkerPool:
         if oldest is not None and time.monotonic() - oldest.begun_s > long_s:
             self._hand(oldest, call)
 
-    def _finished(self) -> list[tuple[_Job, Any]]:
-        """Wait a little for anything to happen; the jobs that ended, each with its result or `_DIED`."""
+    def _ended(self) -> list[tuple[_Job, _Outcome]]:
+        """Wait a little for anything to happen; the jobs that ended, and how."""
         since = time.monotonic()
         while not (ready := self._ray.wait([*self._busy, *self._starting], num_returns=1, timeout=_WAIT_S)[0]):
             if self.size:
@@ -242,42 +208,50 @@ class WorkerPool:
                     "no worker has begun yet: each needs %g GPUs and %g CPUs, and the cluster has %s; waiting",
                     self._gpus,
                     self.options.cpus_per_worker,
-                    _resources(self._ray),
+                    resources(self._ray),
                 )
-        ended = []
-        for reference in ready:
-            if reference in self._starting:
-                self._started(reference)
-                continue
-            worker, job = self._busy.pop(reference)
-            job.copies -= 1
-            result = self._result(reference)
-            if result is _DIED:
-                job.deaths += 1
-                logger.info("a worker died; another takes its place")
-                self._replace(worker)
-            else:
-                self._idle.append(worker)
-                self._took_s.append(time.monotonic() - job.begun_s)
-            ended.append((job, result))
-        return ended
+        return [self._end_of(reference) for reference in ready if not self._has_started(reference)]
 
-    def _result(self, reference: Any) -> Any:
+    def _end_of(self, reference: Any) -> tuple[_Job, _Outcome]:
+        """Take note of a job's end: its worker is idle again, or replaced."""
+        worker, job = self._busy.pop(reference)
+        job.copies -= 1
+        outcome = self._outcome(reference)
+        if outcome.died:
+            job.deaths += 1
+            logger.info("a worker died; another takes its place")
+            self._replace(worker)
+        else:
+            self._idle.append(worker)
+            self._took_s.append(time.monotonic() - job.begun_s)
+        return job, outcome
+
+    def _outcome(self, reference: Any) -> _Outcome:
         errors = self._ray.exceptions
         try:
-            return self._ray.get(reference)
+            return _Outcome(self._ray.get(reference))
         except errors.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            return _Outcome(error=error.cause if isinstance(error.cause, Exception) else error)
         except errors.RayError:  # of the worker, its machine, or the way to it
             logger.debug("a worker died", exc_info=True)
-            return _DIED
+            return _Outcome(died=True)
 
-    def _started(self, reference: Any) -> None:
-        worker = self._starting.pop(reference)
-        if self._result(reference) is not _DIED:
+    def _has_started(self, reference: Any) -> bool:
+        """Whether this was about the start of a worker, of which note is taken.
+
+        Raises:
+            what `begin` raised; Mi2rageError where workers die again and again.
+        """
+        worker = self._starting.pop(reference, None)
+        if worker is None:
+            return False
+        outcome = self._outcome(reference)
+        if outcome.error is not None:
+            raise outcome.error
+        if not outcome.died:
             self._idle.append(worker)
             self._deaths_at_start = 0
-            return
+            return True
         self._deaths_at_start += 1
         if self._deaths_at_start >= self.options.tries * self._most:
             raise Mi2rageError(
@@ -285,6 +259,7 @@ class WorkerPool:
                 "beside each other; give fewer workers, or more of a GPU to each, and see Ray's logs"
             )
         self._replace(worker)
+        return True
 
     def _start(self) -> None:
         actor = self._ray.remote(num_cpus=self.options.cpus_per_worker, num_gpus=self._gpus, max_restarts=0)(_Worker)
@@ -301,30 +276,6 @@ class WorkerPool:
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
             self._ray.kill(worker)
 
-    def _gpus_each(self) -> float:
-        wanted, there = self.options.gpus_per_worker, self._ray.cluster_resources().get("GPU", 0.0)
-        if wanted is None:
-            return 1.0 if there else 0.0
-        if self.options.address == LOCAL and wanted > there:
-            raise InputError(
-                f"GPUs per worker: came {wanted:g}, and Ray finds {there:g} GPUs on this machine; expected no more; "
-                "give less, or 0 to run on the CPU"
-            )
-        return wanted
-
-    def _room(self) -> int:
-        has = self._ray.cluster_resources()
-        room = has.get("CPU", 0.0) // self.options.cpus_per_worker
-        if self._gpus:
-            room = min(room, has.get("GPU", 0.0) // self._gpus if self._gpus >= 1 else self._shared(has))
-        return max(1, int(room))
-
-    def _shared(self, has: dict[str, float]) -> float:
-        return has.get("GPU", 0.0) * (1 // self._gpus)
-
-
-_DIED = object()
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Asked:
@@ -334,35 +285,3 @@ class _Asked:
 
     def __call__(self, held: Any, _: None) -> Any:
         return self.call(held)
-
-
-def _resources(ray: Any) -> str:
-    has = ray.cluster_resources()
-    return f"{has.get('GPU', 0):g} GPUs and {has.get('CPU', 0):g} CPUs"
-
-
-def _connected(options: PoolOptions) -> Any:
-    """Ray, started on this machine or connected to its cluster; it prints nothing."""
-    # Read when ray is imported: it prints what happens to workers on stdout, where our results go.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    ray: Any = require("ray", "scale")
-    manners = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if options.address == LOCAL:
-        from mi2rage_engines.ort_engine import usable_cores
-
-        cores = max(usable_cores(), round((options.workers or 0) * options.cpus_per_worker + 0.5))
-        ray.init(
-            address=LOCAL, num_cpus=cores, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **manners
-        )
-        return ray
-    try:
-        ray.init(address=options.address, **manners)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"--ray {options.address}: no Ray cluster answers ({reason}); expected 'local', 'auto', or HOST:PORT of "
-            "one; start one ('ray start --head'), or check the address"
-        ) from error
-    return ray

@@ -13,8 +13,8 @@ the same prompts and seeds throughout:
 - recall in the captions: the share of them that the bundle's captioner then names;
 - time: without caching over with it, of whole generations of one batch, the settings taking turns `--rounds` times.
 
-`--operations` prints the share of a whole step's operations that a shallow step has instead, counted by torch on the meta
-device, and needs no bundle.
+`--operations` prints the share of a whole step's operations that a shallow step has instead, counted by torch on the
+meta device, and needs no bundle.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_the_line_from_text_to_an_evaluated_classifier(
     code, out, err = run(capsys, "synthesize", rows, store, "--links", 2, "--steps", 2, "--guidance", 1, "--json")
     assert (code, json.loads(out)["candidates"]) == (0, 48), err
     code, _, err = run(capsys, "synthesize", rows, store, "--links", 2, "--steps", 4, "--guidance", 1)
-    assert (code, "models: was" in err) == (2, True), err
+    assert (code, "models.steps: was 2, is 4" in err) == (2, True), err
     code, out, err = run(capsys, "select", store, kept, "--folds", 2, "--epochs", 1, "--per-parent", 1, "--json")
     assert (code, json.loads(out)["kept"]) == (0, 24), err
     code, out, err = run(capsys, "train", kept, folder, "--epochs", 1, "--validation", rows, "--json")
@@ -192,3 +192,57 @@ def test_real_rows_with_their_jpegs(tmp_path: Path, capsys: pytest.CaptureFixtur
     code, _, err = run(capsys, "evaluate", tmp_path / "c", MNRE_SAMPLE / "test.txt")
     assert code == 2  # its labels are not all among the few that were trained on
     assert "does not know" in err
+
+
+def test_a_changed_setting_begins_a_new_run_where_asked_to(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ("synthesize", world / "rows.jsonl", tmp_path / "store", "--steps", 2, "--limit", 4, "--json")
+    assert run(capsys, *made, "--links", 1)[0] == 0
+    before = (tmp_path / "store" / "manifest.json").read_bytes()
+    code, _, err = run(capsys, *made, "--links", 2)
+    assert (code, "chain.links: was 1, is 2" in err) == (2, True), err
+    code, out, err = run(capsys, *made, "--links", 2, "--new-run")
+    assert (code, json.loads(out)["candidates"]) == (0, 8), err
+    assert f"the earlier store is now {tmp_path / 'store.1'}" in err
+    assert (tmp_path / "store.1" / "manifest.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, _, err = run(capsys, "synthesize", world / "rows.jsonl", tmp_path / "mine", "--limit", 4, "--new-run")
+    assert (code, "is no store of candidates" in err) == (2, True), err
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_the_line_in_an_object_store(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.training.object_store import BUCKET, s3_server
+
+    rows, home = world / "rows.jsonl", f"s3://{BUCKET}/{tmp_path.name}"
+    made = ("synthesize", rows, f"{home}/candidates", "--links", 1, "--steps", 2, "--limit", 12, "--json")
+    with s3_server():
+        code, out, err = run(capsys, *made, "--shard-size", 6)
+        assert (code, json.loads(out)["shards"]) == (0, 2), err
+        code, _, err = run(capsys, *made, "--shard-size", 3)
+        assert (code, "chain.shard_size: was 6, is 3" in err) == (2, True), err
+        code, _, err = run(capsys, *made, "--new-run")
+        assert (code, "give another address" in err) == (2, True), err
+        chosen = ("select", f"{home}/candidates", f"{home}/kept", "--policy", "random", "--keep", 0.5, "--json")
+        code, out, err = run(capsys, *chosen, "--page", tmp_path / "page.html")
+        assert (code, json.loads(out)["kept"]) == (0, 6), err
+        assert "<img" in (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert run(capsys, "store", "verify", f"{home}/kept")[0] == 0
+        code, out, err = run(capsys, "train", f"{home}/kept", tmp_path / "classifier", "--epochs", 1, "--json")
+        assert (code, json.loads(out)["with_image"]) == (0, 6), err
+        code, _, err = run(capsys, "synthesize", rows, "s3://nowhere-at-all/x", "--limit", 1)
+        assert (code, "expected a bucket that is there" in err) == (2, True), err
+        code, _, err = run(capsys, "train", f"{home}/nothing", tmp_path / "x")
+        assert (code, "is no store" in err) == (2, True), err
+
+
+def test_teachers_fitted_on_a_part_of_a_store(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "candidates"
+    assert run(capsys, "synthesize", world / "rows.jsonl", store, "--links", 1, "--width", 2, "--steps", 2)[0] == 0
+    chosen = ("select", store, tmp_path / "kept", "--folds", 2, "--epochs", 1, "--per-parent", 1, "--json")
+    code, out, err = run(capsys, *chosen, "--fit-on", 12)
+    assert (code, json.loads(out)["kept"]) == (0, 24), err
+    code, _, err = run(capsys, *chosen)
+    assert (code, "config.fit_on: was 12, is None" in err) == (2, True), err

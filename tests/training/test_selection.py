@@ -153,7 +153,7 @@ def test_a_second_run_with_other_settings_is_refused(tmp_path: Path, teachers: l
     store = stored(tmp_path / "c", drawn())
     select(store, tmp_path / "s", configured(Policy.ALL))
     select(store, tmp_path / "s", configured(Policy.ALL))
-    with pytest.raises(InputError, match="config: was"):
+    with pytest.raises(InputError, match=r"config\.policy\.policy: was"):
         select(store, tmp_path / "s", configured(Policy.DIRECT))
 
 

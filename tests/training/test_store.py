@@ -27,6 +27,7 @@ from mi2rage_training.store import (
     shard_name,
 )
 from mi2rage_training.store_files import files_at
+from mi2rage_training.store_rows import rows_if_whole
 from tests.training.fakes import MeanCaptioner, NoiseGenerator, candidates, samples
 from tests.training.object_store import s3_server
 from tests.training.test_store_files import place_of
@@ -131,22 +132,32 @@ def test_a_damaged_shard_is_made_again(
     assert ("is to be made again" in caplog.text) == (damage != "missing")
 
 
-def test_every_flipped_byte_of_the_pages_is_found(tmp_path: Path) -> None:
-    rows = pictured(2)
+def test_every_flipped_bit_is_found_without_a_manifest(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path, SETTINGS)
-    writer.write(0, rows)
+    writer.write(0, pictured(2))
     content = (tmp_path / shard_name(0)).read_bytes()
-    metadata = pq.read_metadata(tmp_path / shard_name(0))
-    group = metadata.row_group(0)
-    starts = [group.column(i).dictionary_page_offset or group.column(i).data_page_offset for i in range(20)]
-    ends = [start + group.column(i).total_compressed_size for i, start in enumerate(starts)]
-    for end in ends:  # the last byte of a column's last page
+    assert rows_if_whole(content) == 4
+    rng = np.random.default_rng(0)
+    places = {*rng.integers(0, len(content), 400).tolist(), *range(100), *range(len(content) - 1200, len(content))}
+    for place in places:
         broken = bytearray(content)
-        broken[end - 1] ^= 1
-        (tmp_path / shard_name(0)).write_bytes(bytes(broken))
-        assert not StoreWriter(tmp_path, SETTINGS).has(0)
-    (tmp_path / shard_name(0)).write_bytes(content)
-    assert StoreWriter(tmp_path, SETTINGS).has(0)
+        broken[place] ^= 1 << int(rng.integers(8))
+        assert rows_if_whole(bytes(broken)) is None, place
+    for length in rng.integers(0, len(content), 50).tolist():
+        assert rows_if_whole(content[:length]) is None
+
+
+def test_shards_of_earlier_releases_are_taken_if_they_can_be_decoded(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    path = tmp_path / shard_name(0)
+    table = pq.read_table(path)
+    old = {key: value for key, value in table.schema.metadata.items() if key != b"mi2rage_sha256"}
+    pq.write_table(table.replace_schema_metadata(old), path, compression="zstd")
+    assert made(tmp_path) == []
+    (tmp_path / "manifest.json").unlink()
+    path.write_bytes(path.read_bytes()[:-100])
+    assert made(tmp_path) == [4, 4]
 
 
 def test_a_whole_shard_that_was_changed_is_not_taken_for_the_finished_ones(tmp_path: Path) -> None:
@@ -355,3 +366,34 @@ def test_is_quiet_about_shards_that_are_not_there(tmp_path: Path, caplog: pytest
     caplog.set_level(logging.DEBUG)
     StoreWriter(tmp_path, SETTINGS).missing(3)
     assert caplog.text == ""
+
+
+def test_a_shard_that_another_process_makes_again_with_other_bytes_is_taken(tmp_path: Path) -> None:
+    rows = pictured(4)
+    writer = StoreWriter(tmp_path, SETTINGS)
+    writer.write(0, rows[:4])
+    writer.write(1, rows[4:])
+    writer.finish(2)
+    flip(tmp_path, shard_name(0))
+    (tmp_path / shard_name(1)).unlink()
+    driver, worker = StoreWriter(tmp_path, SETTINGS), StoreWriter(tmp_path, SETTINGS)
+    assert driver.missing(2) == [0, 1]
+    worker.write(0, rows[2:4])  # as an encoder of another version would, say
+    worker.write(1, rows[:2])
+    assert driver.finish(2).rows == 4
+    assert list(read_store(tmp_path)) == [*rows[2:4], *rows[:2]]
+
+
+def test_differences_are_named_setting_by_setting(tmp_path: Path) -> None:
+    old = {"step": "test", "chain": {"links": 3, "seed": 0}, "models": {}, "names": ["a"]}
+    StoreWriter(tmp_path, old)
+    StoreWriter(tmp_path, {**old, "added_later": None})
+    new = {**old, "chain": {"links": 2, "seed": 0, "width": 2}, "names": ["a", "b"]}
+    with pytest.raises(
+        InputError,
+        match=r"\(chain\.links: was 3, is 2; chain\.width: was None, is 2; names: was \['a'\], is \['a', 'b'\]\)",
+    ):
+        StoreWriter(tmp_path, new)
+    many = {**old, "source": {f"shard-{i}": i for i in range(5000)}}
+    with pytest.raises(InputError, match=r"source\.shard-0: was None, is 0; .*; and 4,992 more\)"):
+        StoreWriter(tmp_path, many)

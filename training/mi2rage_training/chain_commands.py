@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mi2rage_rt.pool_option import CpusOption, GpusOption, RayOption, WorkersOption
+
 __all__ = ["synthesize"]
 
 
@@ -68,18 +70,10 @@ def synthesize(
         int,
         typer.Option(min=0, help="Shards in the making at a time, which changes no byte; 0 is what suits the models."),
     ] = 0,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Make shards on a Ray cluster: local (started here), auto, or HOST:PORT."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Of --ray, the most at a time; by default as many as there is room for.")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(help="Of --ray; a part of 1 has workers share a GPU; by default 1, or 0 without GPUs."),
-    ] = None,
-    cpus_per_worker: Annotated[float, typer.Option(help="Of --ray; on a CPU the threads of each as well.")] = 1,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     tries: Annotated[
         int,
         typer.Option(min=0, help="Of a shard that fails; then samples at fault are left out; 0 stops at an error."),
@@ -106,15 +100,14 @@ def synthesize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Make the missing images or texts of labelled data by Chained Cross-modal Generation."""
-    import dataclasses
-
     from mi2rage_engines.errors import InputError, Mi2rageError
+    from mi2rage_rt.pool_option import pool_options
     from mi2rage_rt.samples import BadRow
     from mi2rage_training.budget import Budget, seconds_from
     from mi2rage_training.chain import ChainConfig, Decoding, Given, ImageFormat, children_not_made
-    from mi2rage_training.chain_cluster import ModelChoice, cluster_options, make_on_cluster
-    from mi2rage_training.chain_models import Sampling, check_sources
-    from mi2rage_training.chain_run import RunOptions, make_here
+    from mi2rage_training.chain_cluster import make_wherever
+    from mi2rage_training.chain_models import ModelChoice, Sampling, check_sources
+    from mi2rage_training.chain_run import RunOptions
     from mi2rage_training.choices import choice
     from mi2rage_training.commands import print_summary
     from mi2rage_training.pairs import Modality, load_pairs
@@ -130,7 +123,7 @@ def synthesize(
             "which say what a child adds; give them ('select --teachers'), or leave it out"
         )
     check_sources(bundle, generator, captioner, feature_cache)
-    pool = cluster_options(ray, workers, gpus_per_worker, cpus_per_worker, tries, in_flight)
+    pool = pool_options(ray, workers, gpus_per_worker, cpus_per_worker, tries)
     seconds = None if stop_after is None else seconds_from(stop_after)
     options = RunOptions(tries, Budget(seconds, stop_at_kept, stop_at_cost, cost_per_hour), gallery)
     encoding: dict[str, Any] = {"jpeg_quality": jpeg_quality, "png_level": png_level}
@@ -158,17 +151,7 @@ def synthesize(
     wanted = ModelChoice(bundle, generator, captioner, Sampling(steps, guidance, decoded, feature_cache), judge, device)
     if new_run and (aside := set_aside(out)) is not None:
         typer.echo(f"the earlier store is now {aside}", err=True)
-    if pool is not None:
-        outcome = make_on_cluster(pairs, out, wanted, config, pool, options)
-    else:
-        models = wanted.load()
-        if kind is Given.IMAGE and not config.prefixes:
-            config = dataclasses.replace(config, prefixes=models.text_prefixes)
-        overlap = models.overlap_of(in_flight)
-        teachers = wanted.load_judge()
-        outcome = make_here(
-            pairs, out, models.generator, models.captioner, config, models.described, teachers, overlap, options
-        )
+    outcome = make_wherever(pairs, out, wanted, config, options, pool, in_flight)
     summary: dict[str, Any] = {"store": out, "given": kind.value, "samples": len(pairs), "skipped_rows": len(bad_rows)}
     summary |= outcome.figures(config, 0 if outcome.manifest is None else children_not_made(out, config))
     print_summary(summary, as_json)

@@ -18,8 +18,17 @@ from mi2rage_training.stages import Overlap, usual_overlap
 if TYPE_CHECKING:
     from mi2rage_engines.bundle import Manifest
     from mi2rage_engines.spec import ComponentSpec
+    from mi2rage_training.judge import Judge
 
-__all__ = ["ChainModels", "Sampling", "check_sources", "models_from", "models_from_bundle", "models_from_folders"]
+__all__ = [
+    "ChainModels",
+    "ModelChoice",
+    "Sampling",
+    "check_sources",
+    "models_from",
+    "models_from_bundle",
+    "models_from_folders",
+]
 
 _SMALL_BYTES = 128_000_000
 """Models of less do more on a CPU with a thread an operator and as many shards at a time as there are cores."""
@@ -67,6 +76,37 @@ class ChainModels:
         if in_flight < 0:
             raise InputError(f"in flight: came {in_flight}; expected 1 or more shards at a time, or 0 for what suits")
         return dataclasses.replace(self.overlap, in_flight=in_flight) if in_flight else self.overlap
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which models to load, in this process or in any other; see `models_from`.
+
+    Attributes:
+        judge: folder of teachers.
+        threads: of the models on a CPU; None leaves it to them.
+    """
+
+    bundle: Path | None = None
+    generator: str | None = None
+    captioner: str | None = None
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    judge: Path | None = None
+    device: str = "auto"
+    threads: int | None = None
+
+    def load(self) -> ChainModels:
+        """Raises as `models_from`."""
+        return models_from(self.bundle, self.generator, self.captioner, self.sampling, self.device, self.threads)
+
+    def load_judge(self) -> Judge | None:
+        """The teachers, None where there are none; raises as `load_teachers`."""
+        if self.judge is None:
+            return None
+        from mi2rage_training.devices import device_from
+        from mi2rage_training.teacher_folder import load_teachers
+
+        return load_teachers(self.judge, device_from(self.device))
 
 
 def check_sources(bundle: Path | None, generator: str | None, captioner: str | None, feature_cache: int = 1) -> None:

@@ -17,7 +17,7 @@ from mi2rage_training.budget import Budget
 from mi2rage_training.chain_config import ChainConfig, Given
 from mi2rage_training.chain_links import Links
 from mi2rage_training.chain_places import adds_too_little
-from mi2rage_training.gallery import Gallery
+from mi2rage_training.gallery import Gallery, check_gallery
 from mi2rage_training.judge import Judge
 from mi2rage_training.pairs import Pair
 from mi2rage_training.shard_work import LeftOut, MadeShard, Shard, ShardWork, left_out_of
@@ -206,6 +206,7 @@ def make_here(
     """Make the candidates of every real sample in this process; see `chain.synthesize`."""
     options = options or RunOptions()
     check_pairs(pairs, config, judged=judge is not None)
+    check_gallery(options.gallery)
     with Stages(overlap or usual_overlap(generator, captioner)) as stages:
         shared = None if judge is None else stages.judge(judge)
         links = Links(stages.generator(generator), stages.captioner(captioner), config, shared, stages.encoders)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mi2rage_rt.pool_option import CpusOption, GpusOption, RayOption, WorkersOption
+
 __all__ = ["evaluate", "select", "train"]
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -32,8 +34,8 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 
 
 def select(
-    store: Annotated[Path, typer.Argument(help="Store of candidates, from 'synthesize'.")],
-    out: Annotated[Path, typer.Argument(help="Store to write the kept candidates to.")],
+    store: Annotated[str, typer.Argument(help="Store of candidates, from 'synthesize': a folder or an address.")],
+    out: Annotated[str, typer.Argument(help="Store to write the kept candidates to.")],
     policy: Annotated[
         str,
         typer.Option(
@@ -60,17 +62,26 @@ def select(
     teachers: Annotated[
         Path | None, typer.Option(help="Folder to keep the teachers in, for 'synthesize --judge'.")
     ] = None,
+    fit_on: Annotated[
+        int | None,
+        typer.Option(help="Real samples whose candidates teachers are fitted on at most; for stores beyond memory."),
+    ] = None,
     folds: Annotated[int, typer.Option(help="Teachers of the cross-fitting.")] = 4,
     members: Annotated[int, typer.Option(help="Classifiers of each teacher's ensemble.")] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds of expectation maximisation.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs of each teacher.")] = 8,
     text_encoder: Annotated[str, typer.Option(help="embedded, a folder, or a hub id.")] = "embedded",
     image_encoder: Annotated[str, typer.Option(help="embedded, a CLIP folder, or a hub id.")] = "embedded",
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     device: _Device = "auto",
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
     """Keep the candidates that a policy ranks first; by default those that add most about the label."""
+    from mi2rage_rt.pool_option import pool_options
     from mi2rage_training.choices import choice
     from mi2rage_training.devices import device_from
     from mi2rage_training.fit import FitConfig
@@ -78,7 +89,7 @@ def select(
     from mi2rage_training.selection import SelectionConfig
     from mi2rage_training.selection import select as run
     from mi2rage_training.selection_page import check_page, write_selection_page
-    from mi2rage_training.store import read_store
+    from mi2rage_training.store import StoredCandidates
     from mi2rage_training.teacher import TeacherConfig
 
     ranking = choice(Policy, policy, "policy")
@@ -94,9 +105,10 @@ def select(
     fit = FitConfig(text_encoder=text_encoder, image_encoder=image_encoder, epochs=epochs, seed=seed)
     teacher = TeacherConfig(folds, fit, members, rounds, device=device_from(device))
     check_page(page)
-    result = run(store, out, SelectionConfig(limits, teacher, similarity_model, teachers, weighted))
+    pool = pool_options(ray, workers, gpus_per_worker, cpus_per_worker)
+    result = run(store, out, SelectionConfig(limits, teacher, similarity_model, teachers, weighted, fit_on), pool)
     summary: dict[str, Any] = {
-        "store": str(out),
+        "store": out,
         "policy": ranking.value,
         "candidates": len(result.kept),
         "kept": int(result.kept.sum()),
@@ -105,15 +117,15 @@ def select(
         names = ("label_entropy_nats", "bound_nats", "real_bound_nats", "calibration_error_before", "calibration_error")
         summary |= {name: getattr(result.scores, name) for name in names}
     if page is not None:
-        write_selection_page(page, list(read_store(store)), result, seed=seed)
+        write_selection_page(page, StoredCandidates(store), result, seed=seed)
         summary["page"] = str(page)
     print_summary(summary, as_json)
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="A store, or labelled samples (JSONL or MNRE rows).")],
+    data: Annotated[str, typer.Argument(help="A store (folder or address), or labelled samples (JSONL, MNRE rows).")],
     out: Annotated[Path, typer.Argument(help="Folder to write the classifier to.")],
-    validation: Annotated[Path | None, typer.Option(help="Samples or store that choose the best epoch.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Samples or store that choose the best epoch.")] = None,
     images: _Images = None,
     validation_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
     modality: _Modality = "both",
@@ -211,7 +223,7 @@ def train(
 
 def evaluate(
     classifier: Annotated[Path, typer.Argument(help="A classifier folder, from 'train', or a bundle.")],
-    data: Annotated[Path, typer.Argument(help="Labelled samples (JSONL or MNRE rows), or a store.")],
+    data: Annotated[str, typer.Argument(help="Labelled samples (JSONL or MNRE rows), or a store.")],
     images: _Images = None,
     modality: _Modality = "both",
     skip_bad: _SkipBad = False,
@@ -226,7 +238,7 @@ def evaluate(
 
     pairs = load_pairs(data, images=images, modality=choice(Modality, modality, "modality"), skip_bad=skip_bad)
     metrics = evaluate_pairs(classifier_from(classifier), pairs)
-    summary = {"classifier": str(classifier), "data": str(data), **dataclasses.asdict(metrics)}
+    summary = {"classifier": str(classifier), "data": data, **dataclasses.asdict(metrics)}
     print_summary(summary, as_json)
     if not as_json:
         for label, score in metrics.by_label.items():

@@ -10,11 +10,11 @@ from pathlib import Path
 from mi2rage_engines.errors import InputError
 from mi2rage_rt.files import atomic_text
 from mi2rage_training.page_parts import given_part, made_part
-from mi2rage_training.selection_figures import STYLE, bars
+from mi2rage_training.selection_figures import STYLE, bars, counts
 from mi2rage_training.store import Candidate
 from mi2rage_training.tally import Tally
 
-__all__ = ["Gallery"]
+__all__ = ["Gallery", "check_gallery"]
 
 _REFRESH_S = 10
 _MARK = "<!-- mi2rage-rt gallery -->"
@@ -43,7 +43,7 @@ class Gallery:
         self.every_s = every_s
         self._parts: list[str] = []
         self._written_s = float("-inf")
-        _check_page(path)
+        check_gallery(path)
 
     def add(self, candidates: Sequence[Candidate], tally: Tally, kept: Sequence[bool] | None = None) -> None:
         """Show one real sample's candidates, and write the page if the last time is long enough ago.
@@ -87,18 +87,23 @@ class Gallery:
             f"{kept}{given_up}.</p>"
         ]
         if tally.by_label:
-            most = max(there for _, there in tally.by_label.values())
             title = "Kept by label" if self.judged else "Made by label"
-            shares = [
-                (label, kept if self.judged else there, there if self.judged else most)
-                for label, (kept, there) in tally.by_label.items()
-            ]
-            parts.append(f'<div class="figures"><figure><figcaption>{title}</figcaption>{bars(shares)}</figure></div>')
+            figure = (
+                bars([(label, kept, there) for label, (kept, there) in tally.by_label.items()])
+                if self.judged
+                else counts([(label, True, there) for label, (_, there) in tally.by_label.items()])
+            )
+            parts.append(f'<div class="figures"><figure><figcaption>{title}</figcaption>{figure}</figure></div>')
         return "".join(parts)
 
 
-def _check_page(path: Path) -> None:
-    if not path.exists():
+def check_gallery(path: Path | None) -> None:
+    """Refuse early a page that would overwrite something.
+
+    Raises:
+        InputError: `path` is there, and is no gallery.
+    """
+    if path is None or not path.exists():
         return
     if path.is_file():
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ from mi2rage_rt.image_folder import find_image
 from mi2rage_rt.images import decode_image, load_image
 from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import BadRow, Sample, Span, read_samples
-from mi2rage_training.store import Candidate, StorePlace, is_store, read_store
+from mi2rage_training.store import Candidate, StoredCandidates, StorePlace, is_store
 from mi2rage_training.store_files import is_address
 
 __all__ = ["Modality", "Pair", "load_pairs", "mentions_only", "pairs_from_candidates"]
@@ -84,7 +84,7 @@ def load_pairs(
         DataError: nothing to read, a bad row, an image that is not there, or `image` and no row has one.
     """
     if is_address(path) or is_store(path):
-        pairs = pairs_from_candidates(read_store(path))
+        pairs = pairs_from_candidates(StoredCandidates(path, images=modality is not Modality.TEXT))
         if modality is Modality.TEXT:
             return [dataclasses.replace(pair, image=None) for pair in pairs]
     elif modality is Modality.TEXT:

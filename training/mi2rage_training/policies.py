@@ -202,19 +202,20 @@ def _reasons(
     of_parent = np.bincount(rows.parents[kept], minlength=len(siblings))
     of_label = np.bincount(rows.labels[kept], minlength=len(rows.names))
     candidates = np.bincount(rows.labels[rows.eligible], minlength=len(rows.names))
-    words = []
+    total, words, known = int(kept.sum()), [], dict[str, str]()
     for row, (label, parent) in enumerate(zip(rows.labels, rows.parents, strict=True)):
         place = "" if config.policy in _UNRANKED else f"rank {ranks[row]} of {siblings[parent]}"
         if not eligible[row]:
-            words.append("dropped: not the first link")
+            word = "dropped: not the first link"
         elif kept[row]:
-            words.append(f"kept: {place} siblings" if place else f"kept: {config.policy.value}")
+            word = f"kept: {place} siblings" if place else f"kept: {config.policy.value}"
         elif of_parent[parent] >= cap:
-            words.append("dropped: per-parent limit" + (f" ({place})" if place else ""))
+            word = "dropped: per-parent limit" + (f" ({place})" if place else "")
         elif config.quota is Quota.NONE:
-            words.append(f"dropped: overall share ({kept.sum()} of {len(rows.eligible)} kept)")
+            word = f"dropped: overall share ({total} of {len(rows.eligible)} kept)"
         else:
-            words.append(f"dropped: label quota ({of_label[label]} of {candidates[label]} kept)")
+            word = f"dropped: label quota ({of_label[label]} of {candidates[label]} kept)"
+        words.append(known.setdefault(word, word))  # few are different, and there may be millions
     return tuple(words)
 
 

@@ -1,10 +1,17 @@
-"""Which candidates the student sees: a policy's choice, within limits for each sentence and each label."""
+"""Which candidates the student sees: a policy's choice, within limits for each sentence and each label.
+
+The store is gone through several times, one shard in memory: for what is known of every candidate but its images, for
+the images where they are looked at, and for what is kept. Held are ids, labels and scores of every candidate; policies
+that cover, the vectors of all; teachers, the encoded images of what they are fitted on (`SelectionConfig.fit_on`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,17 +19,29 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mi2rage_engines.errors import DataError, InputError
-from mi2rage_rt.files import atomic_bytes, check_absent
-from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings
+from mi2rage_rt.files import check_absent
+from mi2rage_rt.ray_cluster import PoolOptions
+from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings, made_kind
 from mi2rage_training.policies import Decision, Policy, PolicyConfig, Table, decide, posterior_weights
-from mi2rage_training.store import Candidate, StoreManifest, StoreWriter, read_manifest, read_store
+from mi2rage_training.score_cluster import score_on_cluster
+from mi2rage_training.store import (
+    Candidate,
+    StoredCandidates,
+    StoreManifest,
+    StorePlace,
+    StoreWriter,
+    read_columns,
+    read_manifest,
+)
 from mi2rage_training.teacher import TeacherConfig, TeacherScores, fit_teachers
 from mi2rage_training.teacher_folder import save_teachers
+from mi2rage_training.teacher_sample import fit_teachers_on_some
 
 __all__ = ["SCORES_NAME", "Selection", "SelectionConfig", "select", "table_from_candidates"]
 
 SCORES_NAME = "scores.parquet"
 _SHARD_ROWS = 1024
+_SHARD_BYTES = 128 << 20
 _TAUGHT = (Policy.INFORMATION, Policy.ADDED, Policy.POSTERIOR)
 
 
@@ -38,6 +57,7 @@ class SelectionConfig:
             compares the sentence with the image's caption.
         weighted: write weights into the store, q(y | both) among all siblings, for training; see `posterior_weights`.
         keep_teachers: folder to write the fitted teachers to, for a judge inside a later chain; None keeps none.
+        fit_on: how many real samples' candidates the teachers are fitted on at most; None for all. All are scored.
     """
 
     policy: PolicyConfig = dataclasses.field(default_factory=lambda: PolicyConfig(Policy.ADDED, per_parent=2))
@@ -45,6 +65,7 @@ class SelectionConfig:
     similarity_model: str | None = None
     keep_teachers: Path | None = None
     weighted: bool = False
+    fit_on: int | None = None
 
     def __post_init__(self) -> None:
         if self.weighted and self.policy.policy not in _TAUGHT:
@@ -57,11 +78,21 @@ class SelectionConfig:
                 f"teachers: to be kept with the policy {self.policy.policy.value}; expected one that fits some "
                 f"({', '.join(_TAUGHT)}); leave the folder out, or take one of these"
             )
+        if self.fit_on is not None and (self.fit_on < 1 or self.policy.policy not in _TAUGHT):
+            raise InputError(
+                f"fit on: came {self.fit_on} with the policy {self.policy.policy.value}; expected 1 or more real "
+                f"samples, and a policy that fits teachers ({', '.join(_TAUGHT)}); leave it out, or give such"
+            )
         if self.similarity_model is not None and self.policy.policy is not Policy.SIMILARITY:
             raise InputError(
                 f"similarity model: came {self.similarity_model!r} with the policy {self.policy.policy.value}; "
                 f"expected it with {Policy.SIMILARITY.value} only; leave it out, or take that policy"
             )
+
+    def described(self) -> dict[str, Any]:
+        """What decides on the outcome; what was not there in earlier releases is left out where it is off."""
+        found = dataclasses.asdict(dataclasses.replace(self, keep_teachers=None))
+        return {name: value for name, value in found.items() if name != "fit_on" or value is not None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,9 +130,7 @@ def table_from_candidates(
     """
     for candidate in candidates:
         if candidate.sample.label is None:
-            raise DataError(
-                f"candidate {candidate.sample.id}: came without a label; expected one; make the store again"
-            )
+            raise _unlabelled(candidate.sample.id)
     return Table(
         ids=np.array([candidate.sample.id for candidate in candidates]),
         parents=np.array([candidate.provenance.parent for candidate in candidates]),
@@ -114,43 +143,72 @@ def table_from_candidates(
     )
 
 
-def _table(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[Table, TeacherScores | None]:
+def _unlabelled(name: str) -> DataError:
+    return DataError(f"candidate {name}: came without a label; expected one; make the store again")
+
+
+def _known(store: StorePlace) -> tuple[Table, NDArray[np.int32]]:
+    """What is known of a store's candidates before any is scored, and the number of each as a child."""
+    columns = pa.concat_tables(read_columns(store, ("id", "parent", "label", "link", "child")))
+    if columns["label"].null_count:
+        raise _unlabelled(columns["id"][columns["label"].to_pylist().index(None)].as_py())
+    ids, parents, labels = (np.array(columns[name].to_pylist()) for name in ("id", "parent", "label"))
+    table = Table(ids, parents, labels, columns["link"].to_numpy().astype(np.int64))
+    return table, columns["child"].to_numpy()
+
+
+def _scored(
+    candidates: StoredCandidates, known: Table, config: SelectionConfig, pool: PoolOptions | None
+) -> tuple[Table, TeacherScores | None]:
     """Computes what the policy asks for, and nothing else."""
     policy, fit, device = config.policy, config.teacher.fit, config.teacher.device
+    words = candidates.without_images()
     scores = similarity = embeddings = None
     if policy.policy is Policy.SIMILARITY and config.similarity_model is not None:
         similarity = clip_similarity(candidates, config.similarity_model, device)
     elif policy.policy is Policy.SIMILARITY:
-        similarity = caption_similarity(candidates, fit.text_encoder, fit.max_length, device)
+        similarity = caption_similarity(words, fit.text_encoder, fit.max_length, device)
     if policy.policy in _TAUGHT:
-        teachers, scores = fit_teachers(candidates, config.teacher)
+        teachers, scores = (
+            fit_teachers(list(candidates), config.teacher)
+            if config.fit_on is None
+            else fit_teachers_on_some(
+                candidates,
+                known,
+                config.teacher,
+                config.fit_on,
+                None if pool is None else functools.partial(score_on_cluster, place=candidates.place, pool=pool),
+            )
+        )
         if config.keep_teachers is not None:
             save_teachers(teachers, config.keep_teachers)
     if policy.covers:
-        embeddings = made_embeddings(candidates, fit, device)
-    table = table_from_candidates(candidates, scores=scores, similarity=similarity, embeddings=embeddings)
+        embeddings = made_embeddings(candidates if made_kind(words) == "image" else words, fit, device)
+    table = dataclasses.replace(
+        known,
+        information_nats=None if scores is None else scores.information_nats,
+        added_nats=None if scores is None else scores.added_nats,
+        similarity=similarity,
+        embeddings=embeddings,
+    )
     return table, scores
 
 
-def _write_scores(
-    path: Path,
-    candidates: Sequence[Candidate],
-    table: Table,
-    decision: Decision,
-    weights: NDArray[np.float64] | None,
-) -> None:
+def _bytes_of_scores(
+    table: Table, children: NDArray[np.int32], decision: Decision, weights: NDArray[np.float64] | None
+) -> bytes:
     optional = {
         "information_nats": table.information_nats,
         "added_nats": table.added_nats,
         "similarity": table.similarity,
         "weight": weights,
     }
-    nothing = pa.nulls(len(candidates), pa.float64())
+    nothing = pa.nulls(len(table), pa.float64())
     columns = {
         "id": table.ids,
         "parent": table.parents,
         "link": pa.array(table.links, pa.int32()),
-        "child": pa.array([candidate.provenance.child for candidate in candidates], pa.int32()),
+        "child": pa.array(children, pa.int32()),
         "label": table.labels,
         **{name: nothing if values is None else values for name, values in optional.items()},
         "kept": decision.kept,
@@ -158,10 +216,11 @@ def _write_scores(
     }
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
-    atomic_bytes(path, buffer.getvalue().to_pybytes())
+    content: bytes = buffer.getvalue().to_pybytes()
+    return content
 
 
-def _scored(
+def _with_scores(
     candidate: Candidate, scores: TeacherScores | None, weights: NDArray[np.float64] | None, row: int
 ) -> Candidate:
     if scores is None:
@@ -171,37 +230,57 @@ def _scored(
     return dataclasses.replace(candidate, information_nats=information, added_nats=added, weight=weight)
 
 
-def select(store: Path, out: Path, config: SelectionConfig) -> Selection:
+def _shards(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
+    """The rows of each shard: so many, or fewer with so many bytes of images."""
+    rows: list[Candidate] = []
+    size = 0
+    for candidate in candidates:
+        rows.append(candidate)
+        size += len(candidate.image) + len(candidate.via or b"")
+        if len(rows) == _SHARD_ROWS or size >= _SHARD_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def select(store: StorePlace, out: StorePlace, config: SelectionConfig, pool: PoolOptions | None = None) -> Selection:
     """Decide on the candidates of `store` and write the kept ones, with their scores, as the store `out`.
 
     `out/scores.parquet` has a row for every candidate: id, parent, link, child, label, both scores in nats, similarity
     and posterior weight (each null where the policy asked for none), kept or not, and the reason.
 
+    Args:
+        store, out: folders or addresses, see `store_files`.
+        pool: workers that score the candidates where `config.fit_on` is given; None scores them here.
+
     Raises:
         DataError: `store` is empty, unfinished or damaged, or lacks what the policy needs (sentences enough for the
             folds, captions).
-        InputError: `out` holds something else.
+        InputError: `out` holds something else; or there is a `pool`, and nothing for it to do.
     """
-    source = read_manifest(store)
-    candidates = list(read_store(store))
-    if not candidates:
+    if pool is not None and config.fit_on is None:
+        raise InputError(
+            "--ray: came without --fit-on; expected it, for workers score what teachers were not fitted on; give the "
+            "number of real samples to fit them on, or leave --ray out"
+        )
+    source, candidates = read_manifest(store), StoredCandidates(store)
+    if not len(candidates):
         raise DataError(f"{store}: holds no candidates; nothing to select from")
-    settings = {
-        "step": "select",
-        "source": source.model_dump(mode="json")["shards"],
-        "config": dataclasses.asdict(dataclasses.replace(config, keep_teachers=None)),
-    }
+    shards = source.model_dump(mode="json")["shards"]
     if config.keep_teachers is not None:
         check_absent(config.keep_teachers, force=False)
-    writer = StoreWriter(out, settings)
-    table, scores = _table(candidates, config)
+    writer = StoreWriter(out, {"step": "select", "source": shards, "config": config.described()})
+    known, children = _known(store)
+    table, scores = _scored(candidates, known, config, pool)
     decision = decide(table, config.policy)
     weights = None if scores is None else posterior_weights(table)
     written = weights if config.weighted else None
-    rows = [_scored(candidates[row], scores, written, row) for row in np.flatnonzero(decision.kept).tolist()]
-    starts = range(0, len(rows), _SHARD_ROWS)
-    for index, start in enumerate(starts):
-        writer.write(index, rows[start : start + _SHARD_ROWS])
-    _write_scores(out / SCORES_NAME, candidates, table, decision, weights)
-    manifest = writer.finish(len(starts))
-    return Selection(manifest, scores, decision.kept, decision.reasons, table.similarity, weights)
+    kept = (
+        _with_scores(candidate, scores, written, row) for row, candidate in enumerate(candidates) if decision.kept[row]
+    )
+    count = 0
+    for count, rows in enumerate(_shards(kept), 1):
+        writer.write(count - 1, rows)
+    writer.files.write(SCORES_NAME, _bytes_of_scores(table, children, decision, weights))
+    return Selection(writer.finish(count), scores, decision.kept, decision.reasons, table.similarity, weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mi2rage_rt.noise import seed_from
 from mi2rage_training.page_parts import given_part, made_part
 from mi2rage_training.selection import Selection
 from mi2rage_training.selection_figures import STYLE, bars, counts, histogram
-from mi2rage_training.store import Candidate
+from mi2rage_training.store import Candidate, Candidates, StoredCandidates
 
 __all__ = ["check_page", "sampled_parents", "write_selection_page"]
 
@@ -32,14 +32,16 @@ def check_page(path: Path | None) -> None:
         raise InputError(f"{path}: is there already; expected the name of a new HTML file; give another, or remove it")
 
 
-def sampled_parents(candidates: Sequence[Candidate], count: int, seed: int = 0) -> dict[str, list[int]]:
+def sampled_parents(candidates: Candidates, count: int, seed: int = 0) -> dict[str, list[int]]:
     """The rows of some parents: labels in turn, within a label shuffled by (seed, parent); never picked by looks."""
     rows: dict[str, list[int]] = defaultdict(list)
+    labels: dict[str, str] = {}
     for row, candidate in enumerate(candidates):
         rows[candidate.provenance.parent].append(row)
+        labels.setdefault(candidate.provenance.parent, str(candidate.sample.label))
     by_label: dict[str, list[str]] = defaultdict(list)
     for parent in sorted(rows, key=lambda parent: seed_from("page", seed, parent)):
-        by_label[str(candidates[rows[parent][0]].sample.label)].append(parent)
+        by_label[labels[parent]].append(parent)
     turns = [(turn, label, parent) for label, of in by_label.items() for turn, parent in enumerate(of)]
     chosen = sorted(turns)[:count]
     return {parent: rows[parent] for _, _, parent in sorted(chosen, key=lambda item: (item[1], item[0]))}
@@ -73,7 +75,7 @@ def _child(candidate: Candidate, selection: Selection, row: int) -> str:
     )
 
 
-def _parent(candidates: Sequence[Candidate], selection: Selection, rows: Sequence[int]) -> str:
+def _parent(candidates: Mapping[int, Candidate], selection: Selection, rows: Sequence[int]) -> str:
     children = "".join(_child(candidates[row], selection, row) for row in rows)
     first = candidates[rows[0]]
     kept = sum(bool(selection.kept[row]) for row in rows)
@@ -84,7 +86,7 @@ def _parent(candidates: Sequence[Candidate], selection: Selection, rows: Sequenc
     )
 
 
-def _parents(candidates: Sequence[Candidate], selection: Selection, shown: dict[str, list[int]]) -> str:
+def _parents(candidates: Mapping[int, Candidate], selection: Selection, shown: dict[str, list[int]]) -> str:
     parts, last = [], None
     for rows in shown.values():
         label = str(candidates[rows[0]].sample.label)
@@ -102,9 +104,11 @@ def _shares(names: Sequence[str], kept: NDArray[np.bool_]) -> list[tuple[str, in
     return [(name, kept_of[name], all_of[name]) for name in sorted(all_of)]
 
 
-def _summary(candidates: Sequence[Candidate], selection: Selection) -> str:
-    labels = [str(candidate.sample.label) for candidate in candidates]
-    links = [f"link {candidate.provenance.link}" for candidate in candidates]
+def _summary(candidates: Candidates, selection: Selection) -> str:
+    labels, links = [], []
+    for candidate in candidates:
+        labels.append(str(candidate.sample.label))
+        links.append(f"link {candidate.provenance.link}")
     found = Counter(reason.partition(" (")[0].partition(" of ")[0] for reason in selection.reasons)
     whys = [(why, why.startswith("kept"), count) for why, count in sorted(found.items())]
     figures = [
@@ -124,7 +128,7 @@ def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in policy.items() if value is not None)
 
 
-def _facts(candidates: Sequence[Candidate], selection: Selection) -> str:
+def _facts(candidates: Candidates, selection: Selection) -> str:
     kept, parents = int(selection.kept.sum()), {candidate.provenance.parent for candidate in candidates}
     lines = [
         f"<b>{kept}</b> of {len(candidates)} candidates of {len(parents)} real samples are kept "
@@ -141,7 +145,7 @@ def _facts(candidates: Sequence[Candidate], selection: Selection) -> str:
 
 
 def write_selection_page(
-    path: Path | str, candidates: Sequence[Candidate], selection: Selection, *, parents: int = 24, seed: int = 0
+    path: Path | str, candidates: Candidates, selection: Selection, *, parents: int = 24, seed: int = 0
 ) -> None:
     """Write one HTML file that needs no other.
 
@@ -153,17 +157,20 @@ def write_selection_page(
     Raises:
         DataError: an image cannot be decoded.
     """
-    shown = sampled_parents(candidates, parents, seed)
+    words = candidates.without_images() if isinstance(candidates, StoredCandidates) else candidates
+    shown = sampled_parents(words, parents, seed)
+    wanted = {row for rows in shown.values() for row in rows}
+    pictured = {row: candidate for row, candidate in enumerate(candidates) if row in wanted}
     with atomic_text(Path(path)) as file:
         file.write(
             '<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>Selection: kept and dropped</title><style>{STYLE}</style>"
-            f"<h1>What was kept, and why</h1><p>{_facts(candidates, selection)}</p>"
+            f"<h1>What was kept, and why</h1><p>{_facts(words, selection)}</p>"
             f'<p class="key"><span class="kept"></span> kept <span class="dropped"></span> dropped</p>'
-            f"{_summary(candidates, selection)}"
+            f"{_summary(words, selection)}"
             f"<h2>{len(shown)} real samples and all that was made of them</h2>"
             f"<p>Drawn by seed {seed}, the labels in turn: none is picked by its looks. "
             '<mark class="head">Head</mark> and <mark class="tail">tail</mark> are marked.</p>'
-            f"{_parents(candidates, selection, shown)}</html>\n"
+            f"{_parents(pictured, selection, shown)}</html>\n"
         )

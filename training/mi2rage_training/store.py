@@ -2,42 +2,60 @@
 
 `store_rows` has the columns, `store_files` where a store may be. A shard is the unit of commit and resume.
 `settings.json` is written first: a run of other settings is refused. `manifest.json` is written last, with the hash of
-each shard, so a store without it is unfinished; the shards of such a store check themselves by their pages' checksums.
+each shard, so a store without it is unfinished; the shards of such a store carry their own checksums.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mi2rage_engines.bundle import FileRecord
 from mi2rage_engines.errors import DataError, InputError
-from mi2rage_engines.validation import first_problem
 from mi2rage_rt.progress import track
-from mi2rage_training.store_files import Files, LocalFiles, StorePlace, files_at
+from mi2rage_training.store_files import Files, StorePlace, files_at
+from mi2rage_training.store_manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    SETTINGS_NAME,
+    StoreManifest,
+    check_version,
+    differences,
+    is_draft,
+    is_store,
+    manifest_in,
+    read_manifest,
+    record_of,
+    set_aside,
+    settings_in,
+    shard_name,
+)
 from mi2rage_training.store_rows import (
+    COLUMNS_WITHOUT_IMAGES,
     Candidate,
+    Candidates,
+    batches_from,
     bytes_from_candidates,
-    candidates_from_table,
+    candidates_from,
     rows_if_whole,
     table_from,
 )
 
 __all__ = [
+    "MANIFEST_NAME",
+    "SETTINGS_NAME",
     "Candidate",
+    "Candidates",
     "StoreManifest",
     "StorePlace",
     "StoreWriter",
+    "StoredCandidates",
     "is_store",
     "read_columns",
     "read_manifest",
@@ -50,70 +68,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
-MANIFEST_NAME = "manifest.json"
-SETTINGS_NAME = "settings.json"
-
-READERS = 8
-"""Shards that are checked at a time; where they are far away, waiting for them is all it takes."""
-
-
-class StoreManifest(BaseModel):
-    """`manifest.json`: what was run, and every shard with its hash."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int
-    settings: dict[str, Any]
-    rows: int
-    shards: dict[str, FileRecord]
-
-
-def shard_name(index: int) -> str:
-    """The file of shard `index`."""
-    return f"shard-{index:05d}.parquet"
-
-
-def is_store(place: StorePlace) -> bool:
-    """Whether `place` is a folder or an address that a store was begun or finished at."""
-    files = files_at(place)
-    if isinstance(files, LocalFiles) and not files.folder.is_dir():
-        return False
-    return not files.names().keys().isdisjoint((SETTINGS_NAME, MANIFEST_NAME))
-
-
-def record_of(content: bytes) -> FileRecord:
-    """What the manifest says of a shard with this content."""
-    return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
-
-
-def _is_draft(name: str) -> bool:
-    """Whether a local file is what a process that was killed had begun to write."""
-    return name.startswith((f".{SETTINGS_NAME}.", f".{MANIFEST_NAME}.", ".shard-"))
-
-
-def set_aside(place: StorePlace) -> Path | None:
-    """Rename the store in a local folder to the first free of `NAME.1`, `NAME.2`, ..., which is returned.
-
-    None is returned where there is no store; what is there then is for `StoreWriter` to refuse.
-
-    Raises:
-        InputError: the store is no local folder: objects cannot be renamed, only copied one by one.
-    """
-    files = files_at(place)
-    if not is_store(place):
-        return None
-    if not isinstance(files, LocalFiles):
-        raise InputError(
-            f"{place}: a store is there; expected a local folder for a new run beside an old one, for elsewhere a "
-            "store cannot be renamed; give another address"
-        )
-    folder = files.folder.absolute()
-    for number in itertools.count(1):
-        new = folder.with_name(f"{folder.name}.{number}")
-        if not new.exists():
-            break
-    return folder.rename(new)
+READERS = 4
+"""Shards that are checked at a time, and in memory; where they are far away, waiting for them is most of it."""
 
 
 class StoreWriter:
@@ -134,60 +90,64 @@ class StoreWriter:
         self.files = files_at(folder)
         self.settings = settings
         self._records: dict[int, tuple[FileRecord, int]] = {}
-        old = _settings_at(self.files)
+        old = settings_in(self.files)
         if old is None:
-            others = {name for name in self.files.names() if not _is_draft(name)}
+            others = {name for name in self.files.names() if not is_draft(name)}
             # Another process may have begun the same store right now.
-            old = _settings_at(self.files) if SETTINGS_NAME in others else None
+            old = settings_in(self.files) if SETTINGS_NAME in others else None
             if old is None and others:
                 raise InputError(f"{folder}: exists and is no store of candidates; give the name of a new folder")
-        if old is not None:
-            self._check_settings(old)
-        else:
+        if old is None:
             self.files.write(SETTINGS_NAME, json.dumps(settings, indent=2, sort_keys=True).encode())
-
-    def _check_settings(self, old: dict[str, Any]) -> None:
-        differing = sorted(key for key in old.keys() | self.settings.keys() if old.get(key) != self.settings.get(key))
-        if differing:
-            changes = "; ".join(f"{key}: was {old.get(key)!r}, is {self.settings.get(key)!r}" for key in differing)
+        elif changes := differences(old, settings):
             raise InputError(
-                f"{self.files}: was begun with other settings ({changes}); use the same to go on, or another folder"
+                f"{folder}: was begun with other settings ({changes}); use the same to go on, or another folder, or "
+                "with 'synthesize' --new-run"
             )
 
     @functools.cached_property
     def _finished(self) -> dict[str, FileRecord]:
-        """The shards of a store that was finished already."""
+        """The shards of a store that was finished already, less those that are to be made again."""
         try:
-            manifest = _manifest_in(self.files)
+            manifest = manifest_in(self.files)
         except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged and is written again
             return {}
-        _check_version(self.files, manifest)
-        return manifest.shards
+        check_version(self.files, manifest)
+        return dict(manifest.shards)
 
     def has(self, index: int) -> bool:
         """Whether shard `index` is there and whole, by the manifest's hash or by its own checksums; reads all of it."""
-        return index in self._records or self._take(index)
+        if index not in self._records:
+            found = self._checked(index)
+            if found is None:
+                # Whoever makes it again now, its own checksums tell then whether it is whole.
+                self._finished.pop(shard_name(index), None)
+                return False
+            self._records[index] = found
+        return True
+
+    def _checked(self, index: int) -> tuple[FileRecord, int] | None:
+        """What the manifest is to say of shard `index`, and its rows; None where it is missing or damaged."""
+        name = shard_name(index)
+        try:
+            content = self.files.read(name)
+        except FileNotFoundError:
+            return None
+        record, rows = record_of(content), rows_if_whole(content)
+        if rows is None or record != self._finished.get(name, record):
+            logger.warning("%s: is damaged, and is to be made again", self.files.at(name))
+            return None
+        return record, rows
 
     def record(self, index: int) -> FileRecord | None:
         """Of shard `index`, None where `has` says that it is not there."""
         return self._records[index][0] if self.has(index) else None
 
-    def _take(self, index: int) -> bool:
-        name = shard_name(index)
-        try:
-            content = self.files.read(name)
-        except FileNotFoundError:
-            return False
-        record, rows = record_of(content), rows_if_whole(content)
-        if rows is None or record != self._finished.get(name, record):
-            logger.warning("%s: is damaged, and is to be made again", self.files.at(name))
-            return False
-        self._records[index] = record, rows
-        return True
-
     def missing(self, shards: int) -> list[int]:
-        """Those of shards 0 to `shards` - 1 that are not there or damaged; several are read at a time."""
+        """Those of shards 0 to `shards` - 1 that `has` says are not there; several are read at a time."""
         there = self.files.names()
+        for name in self._finished.keys() - there.keys():
+            del self._finished[name]
         found = [index for index in range(shards) if index not in self._records and shard_name(index) in there]
         with ThreadPoolExecutor(READERS, thread_name_prefix="store-check") as pool:
             for _ in track(pool.map(self.has, found), "check", len(found)):
@@ -235,7 +195,7 @@ class StoreWriter:
 
     def discard_drafts(self) -> None:
         """Delete what processes that were killed had begun to write; none may be writing at the time."""
-        for name in filter(_is_draft, self.files.names()):
+        for name in filter(is_draft, self.files.names()):
             self.files.remove(name)
 
 
@@ -243,60 +203,6 @@ def _named(indices: Sequence[int], most: int = 5) -> str:
     names = ", ".join(shard_name(index) for index in indices[:most])
     more = f" and {len(indices) - most} more" if len(indices) > most else ""
     return f"{names}{more} {'is' if len(indices) == 1 else 'are'}"
-
-
-def _settings_at(files: Files) -> dict[str, Any] | None:
-    """What a store was begun with, None where there is none."""
-    try:
-        settings: dict[str, Any] = json.loads(files.read(SETTINGS_NAME))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        where = files.at(SETTINGS_NAME)
-        raise DataError(f"{where}: is damaged ({error}); make the store again in another folder") from error
-    return settings
-
-
-def _files(place: StorePlace | Files) -> Files:
-    return files_at(place) if isinstance(place, Path | str) else place
-
-
-def read_manifest(place: StorePlace | Files) -> StoreManifest:
-    """The manifest of a finished store.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    files = _files(place)
-    try:
-        manifest = _manifest_in(files)
-    except FileNotFoundError as error:
-        begun = _settings_at(files) is not None
-        state = "is not finished; run 'mi2rage-rt synthesize' again with the same settings" if begun else "is no store"
-        raise DataError(
-            f"{files}: {state}; expected a folder written by 'mi2rage-rt synthesize' or 'select'"
-        ) from error
-    except ValueError as error:
-        problem = first_problem(error) if isinstance(error, ValidationError) else error
-        raise DataError(
-            f"{files.at(MANIFEST_NAME)}: is damaged ({problem}); give the command that made the store again, and it "
-            "writes it again"
-        ) from error
-    _check_version(files, manifest)
-    return manifest
-
-
-def _manifest_in(files: Files) -> StoreManifest:
-    """Raises FileNotFoundError where there is none, ValueError where it is damaged."""
-    return StoreManifest.model_validate_json(files.read(MANIFEST_NAME).decode())
-
-
-def _check_version(files: Files, manifest: StoreManifest) -> None:
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise DataError(
-            f"{files}: is a store of schema version {manifest.schema_version}; expected {SCHEMA_VERSION}; make it "
-            "again with this version of mi2rage-rt, in another folder"
-        )
 
 
 def read_shard(files: Files, name: str, record: FileRecord) -> bytes:
@@ -324,8 +230,43 @@ def read_store(place: StorePlace) -> Iterator[Candidate]:
         DataError: the store is not finished, or a shard is missing or was changed; it is named.
     """
     files = files_at(place)
-    for name, record in read_manifest(files).shards.items():
-        yield from candidates_from_table(table_from(read_shard(files, name, record)))
+    for name, record in read_manifest(place).shards.items():
+        yield from candidates_from(batches_from(read_shard(files, name, record)))
+
+
+class StoredCandidates:
+    """The candidates of a finished store, read anew each time they are gone through; of the shards one is in memory.
+
+    Args:
+        images: off, nothing is read of the images, and `image` is empty and `via` None.
+
+    Raises:
+        DataError: here, the store is not finished; while it is gone through, as `read_store` and `read_columns`.
+    """
+
+    def __init__(self, place: StorePlace, *, images: bool = True) -> None:
+        self.place = place
+        self.images = images
+        self._rows = read_manifest(place).rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[Candidate]:
+        if self.images:
+            return read_store(self.place)
+        tables = read_columns(self.place, COLUMNS_WITHOUT_IMAGES)
+        return candidates_from(batch for table in tables for batch in table.to_batches())
+
+    def by_shard(self) -> Iterator[Iterator[Candidate]]:
+        """Those of each shard, with their images."""
+        files = files_at(self.place)
+        for name, record in read_manifest(self.place).shards.items():
+            yield candidates_from(batches_from(read_shard(files, name, record)))
+
+    def without_images(self) -> StoredCandidates:
+        """The same, with nothing read of the images."""
+        return StoredCandidates(self.place, images=False)
 
 
 def read_columns(place: StorePlace, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -338,7 +279,7 @@ def read_columns(place: StorePlace, names: Sequence[str]) -> Iterator[pa.Table]:
         DataError: the store is not finished, or what is read of a shard is missing or damaged.
     """
     files = files_at(place)
-    for name in read_manifest(files).shards:
+    for name in read_manifest(place).shards:
         try:
             with files.open(name) as file:
                 table = table_from(file, names)

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mi2rage_engines.bundle import FileRecord
 from mi2rage_rt.progress import track
-from mi2rage_training.store import MANIFEST_NAME, READERS, StorePlace, is_store, read_manifest, record_of
-from mi2rage_training.store_files import Files, files_at
+from mi2rage_training.store import READERS
+from mi2rage_training.store_files import Files, StorePlace, files_at
+from mi2rage_training.store_manifest import MANIFEST_NAME, is_store, read_manifest, record_of
 from mi2rage_training.store_rows import rows_if_whole
 
 __all__ = ["StoreCheck", "check_store"]

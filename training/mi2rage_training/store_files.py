@@ -19,7 +19,7 @@ from urllib.request import url2pathname
 from mi2rage_engines.errors import InputError, Mi2rageError, MissingExtraError, require
 from mi2rage_rt.files import atomic_bytes
 
-__all__ = ["Files", "LocalFiles", "RemoteFiles", "StorePlace", "files_at", "is_address"]
+__all__ = ["Files", "LocalFiles", "RemoteFiles", "StorePlace", "absolute", "files_at", "is_address"]
 
 StorePlace = Path | str
 """A folder, or an address; a `Path` is always a folder, for it loses one slash of `//`."""
@@ -67,6 +67,11 @@ class Files(Protocol):
 def is_address(place: StorePlace) -> bool:
     """Whether a place is given as `protocol://...`."""
     return isinstance(place, str) and "://" in place
+
+
+def absolute(place: StorePlace) -> StorePlace:
+    """The place as a process in another folder finds it."""
+    return place if is_address(place) else Path(place).absolute()
 
 
 def files_at(place: StorePlace) -> Files:

@@ -13,15 +13,9 @@ from mi2rage_engines.bundle import FileRecord
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.noise import seed_from
 from mi2rage_rt.progress import track
-from mi2rage_training.store import (
-    StoreManifest,
-    StorePlace,
-    StoreWriter,
-    read_columns,
-    read_manifest,
-    read_shard,
-)
+from mi2rage_training.store import StorePlace, StoreWriter, read_columns, read_shard
 from mi2rage_training.store_files import Files, files_at
+from mi2rage_training.store_manifest import StoreManifest, differences, flat, read_manifest
 from mi2rage_training.store_rows import rows_if_whole
 
 __all__ = ["merge_stores"]
@@ -79,11 +73,21 @@ def _copy(writer: StoreWriter, index: int, content: bytes, origin: str) -> None:
     writer.put(index, content, rows)
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by dotted names; those of a merged store are those its parts agreed in."""
-    found = settings["of"] if settings.get("step") == "merge" else settings
-    chain = {f"chain.{name}": value for name, value in found.get("chain", {}).items()}
-    return {name: value for name, value in found.items() if name != "chain"} | chain
+def _of(settings: dict[str, Any]) -> dict[str, Any]:
+    """How a store was made, by dotted names; a merged one, as its parts were."""
+    if settings.get("step") == "merge":
+        return dict(settings["of"])
+    made = flat({name: value for name, value in settings.items() if name not in _MAY_DIFFER})
+    return {name: value for name, value in made.items() if name not in _MAY_DIFFER}
+
+
+def _own(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a store is of, apart from how it was made."""
+    if settings.get("step") == "merge":
+        return {"stores": settings["stores"]}
+    seed = settings.get("chain", {}).get("seed")
+    own = {name: settings[name] for name in _MAY_DIFFER if name in settings}
+    return own if seed is None else {**own, "chain.seed": seed}
 
 
 def _agreed(stores: Sequence[_Store]) -> dict[str, Any]:
@@ -92,23 +96,14 @@ def _agreed(stores: Sequence[_Store]) -> dict[str, Any]:
     Raises:
         InputError: a setting differs that says how a store was made.
     """
-    first, *others = ({k: v for k, v in _flat(s.manifest.settings).items() if k not in _MAY_DIFFER} for s in stores)
+    first, *others = (_of(store.manifest.settings) for store in stores)
     for store, settings in zip(stores[1:], others, strict=True):
-        differing = sorted(name for name in first.keys() | settings.keys() if first.get(name) != settings.get(name))
-        if differing:
-            changes = "; ".join(f"{name}: {first.get(name)!r} and {settings.get(name)!r}" for name in differing)
+        if changes := differences(first, settings, "{name}: {old!r} and {new!r}"):
             raise InputError(
                 f"{stores[0].place} and {store.place}: were made with different settings ({changes}); expected stores "
                 "that differ in their samples and seeds alone; make one again with the settings of the other"
             )
     return first
-
-
-def _own(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a store is of, apart from what all agree in."""
-    if settings.get("step") == "merge":
-        return {"stores": settings["stores"]}
-    return {name: value for name, value in _flat(settings).items() if name in _MAY_DIFFER}
 
 
 def _ids(store: _Store) -> Iterator[str]:

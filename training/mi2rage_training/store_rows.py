@@ -10,16 +10,27 @@ describes), `parent` (the real sample), `made_from` (the candidate or real sampl
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mi2rage_rt.samples import Provenance, Sample, Span
 
-__all__ = ["SCHEMA", "Candidate", "bytes_from_candidates", "candidates_from_table", "rows_if_whole", "table_from"]
+__all__ = [
+    "COLUMNS_WITHOUT_IMAGES",
+    "SCHEMA",
+    "Candidate",
+    "Candidates",
+    "batches_from",
+    "bytes_from_candidates",
+    "candidates_from",
+    "rows_if_whole",
+    "table_from",
+]
 
 SCHEMA = pa.schema(
     [
@@ -47,7 +58,13 @@ SCHEMA = pa.schema(
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
 
+COLUMNS_WITHOUT_IMAGES = (*(name for name in SCHEMA.names if name not in ("image", "via")), "image.path")
 
+_DIGEST = b"mi2rage_sha256"
+"""Entry of a shard's footer: the hash of all its bytes, itself taken as zeros."""
+_MARK = _DIGEST + b"\x18\x40"
+"""As Thrift's compact protocol writes its name; then come the 64 digits."""
+_BLANK = b"0" * 64
 _BATCH_ROWS = 64
 """That are Python objects at a time; an image is copied into each."""
 
@@ -82,6 +99,14 @@ class Candidate:
         """Where the candidate came from; every candidate has one."""
         assert self.sample.provenance is not None
         return self.sample.provenance
+
+
+class Candidates(Protocol):
+    """Candidates that may be gone through more than once: a list, or those of a store."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Candidate]: ...
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
@@ -137,12 +162,21 @@ def _candidate(row: dict[str, Any]) -> Candidate:
 
 
 def bytes_from_candidates(candidates: Sequence[Candidate]) -> bytes:
-    """A shard; the same candidates give the same bytes. Its pages carry checksums."""
+    """A shard; the same candidates give the same bytes. Its pages carry checksums, and the footer one of all bytes."""
     table = pa.Table.from_pylist([_row(candidate) for candidate in candidates], schema=SCHEMA)
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    content: bytes = buffer.getvalue().to_pybytes()
-    return content
+    with pq.ParquetWriter(buffer, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_DIGEST: _BLANK})
+    content = bytearray(buffer.getvalue())
+    place = content.rindex(_MARK + _BLANK) + len(_MARK)
+    content[place : place + len(_BLANK)] = hashlib.sha256(content).hexdigest().encode()
+    return bytes(content)
+
+
+def _opened(source: bytes | IO[bytes]) -> pq.ParquetFile:
+    file = pa.BufferReader(source) if isinstance(source, bytes) else source
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 def table_from(source: bytes | IO[bytes], columns: Sequence[str] | None = None) -> pa.Table:
@@ -151,20 +185,44 @@ def table_from(source: bytes | IO[bytes], columns: Sequence[str] | None = None) 
     Raises:
         pa.ArrowException or OSError: what is read of it is damaged.
     """
-    file = pa.BufferReader(source) if isinstance(source, bytes) else source
-    return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns and list(columns))
+    return _opened(source).read(columns=columns and list(columns))
+
+
+def batches_from(content: bytes) -> Iterator[pa.RecordBatch]:
+    """The rows of a shard, some at a time; raises as `table_from`."""
+    yield from _opened(content).iter_batches(_BATCH_ROWS)
 
 
 def rows_if_whole(content: bytes) -> int | None:
-    """The rows of a shard, None where it is damaged or of another schema. Decodes all of it, but no image."""
-    try:
-        table = table_from(content)
-    except (OSError, pa.ArrowException):
+    """The rows of a shard, None where it is damaged or of another schema."""
+    place = content.rfind(_MARK) + len(_MARK)
+    marked = place >= len(_MARK)
+    if marked and not _has_digest(content, place):  # before anything of it is parsed
         return None
-    return table.num_rows if table.schema.equals(SCHEMA) else None
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(content))
+        if not metadata.schema.to_arrow_schema().equals(SCHEMA):
+            return None
+        if marked:
+            return int(metadata.num_rows)
+        # Shards of earlier releases had two entries, none of them a digest.
+        return (
+            sum(int(batch.num_rows) for batch in batches_from(content)) if len(metadata.metadata or {}) == 2 else None
+        )
+    except (OSError, ValueError, pa.ArrowException):
+        return None
 
 
-def candidates_from_table(table: pa.Table) -> Iterator[Candidate]:
-    """The candidates of a shard's table; where it was read without images, their `image` is empty."""
-    for batch in table.to_batches(_BATCH_ROWS):
+def _has_digest(content: bytes, place: int) -> bool:
+    """Whether what stands at `place` is the hash of all other bytes."""
+    end = place + len(_BLANK)
+    found = hashlib.sha256(memoryview(content)[:place])
+    found.update(_BLANK)
+    found.update(memoryview(content)[end:])
+    return found.hexdigest().encode() == content[place:end]
+
+
+def candidates_from(batches: Iterable[pa.RecordBatch]) -> Iterator[Candidate]:
+    """The candidates of some rows of a shard; where they were read without images, their `image` is empty."""
+    for batch in batches:
         yield from map(_candidate, batch.to_pylist())

@@ -16,7 +16,7 @@ from PIL import Image as PilImage
 from mi2rage_rt.progress import track
 from mi2rage_training.store import StorePlace, read_manifest, read_shard
 from mi2rage_training.store_files import files_at
-from mi2rage_training.store_rows import table_from
+from mi2rage_training.store_rows import batches_from
 
 __all__ = ["StoreStats", "stats_of_store"]
 
@@ -102,33 +102,33 @@ def stats_of_store(place: StorePlace) -> StoreStats:
     parents, images, captions = (array("Q") for _ in range(3))
     scores = {name: array("d") for name in _SCORES}
     for name, record in track(manifest.shards.items(), "stats", len(manifest.shards)):
-        table = table_from(read_shard(files, name, record))
-        found.rows += table.num_rows
         found.store_bytes += record.bytes
-        _count(table, found)
-        owners, words = table["parent"].to_pylist(), table["caption"].to_pylist()
-        parents.extend(map(_hash, set(owners)))
-        captions.extend(_hash(f"{owner}\x1f{said}") for owner, said in zip(owners, words, strict=True) if said)
-        images.extend(_count_images(table, found))
-        for score, values in scores.items():
-            values.extend(value for value in table[score].to_pylist() if value is not None)
+        for batch in batches_from(read_shard(files, name, record)):
+            _count(batch, found)
+            owners, words = batch["parent"].to_pylist(), batch["caption"].to_pylist()
+            parents.extend(map(_hash, set(owners)))
+            captions.extend(_hash(f"{owner}\x1f{said}") for owner, said in zip(owners, words, strict=True) if said)
+            images.extend(_count_images(batch, found))
+            for score, values in scores.items():
+                values.extend(value for value in batch[score].to_pylist() if value is not None)
     found.parents = len(parents) - _repeated(parents)
     found.repeated_images, found.repeated_captions = _repeated(images), _repeated(captions)
     found.scores = {name: _spread(values) for name, values in scores.items() if values}
     return found
 
 
-def _count(table: pa.Table, found: StoreStats) -> None:
-    found.labels.update("(none)" if label is None else label for label in table["label"].to_pylist())
-    found.links.update(table["link"].to_pylist())
-    found.made.update(table["made"].to_pylist())
-    found.via_bytes += sum(len(via) for via in table["via"].to_pylist() if via is not None)
+def _count(batch: pa.RecordBatch, found: StoreStats) -> None:
+    found.rows += batch.num_rows
+    found.labels.update("(none)" if label is None else label for label in batch["label"].to_pylist())
+    found.links.update(batch["link"].to_pylist())
+    found.made.update(batch["made"].to_pylist())
+    found.via_bytes += sum(len(via) for via in batch["via"].to_pylist() if via is not None)
 
 
-def _count_images(table: pa.Table, found: StoreStats) -> list[int]:
+def _count_images(batch: pa.RecordBatch, found: StoreStats) -> list[int]:
     """Counts the images, and gives the hashes of the made ones."""
     hashes = []
-    for image, made in zip(table["image"].to_pylist(), table["made"].to_pylist(), strict=True):
+    for image, made in zip(batch["image"].to_pylist(), batch["made"].to_pylist(), strict=True):
         content = image["bytes"]
         found.image_bytes += len(content)
         try:

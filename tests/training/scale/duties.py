@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mi2rage_engines.errors import MissingExtraError
-from mi2rage_training.chain_cluster import ModelChoice
-from mi2rage_training.chain_models import ChainModels
+from mi2rage_training.chain_models import ChainModels, ModelChoice
 from tests.training.fakes import MeanCaptioner, NoiseGenerator
 
 

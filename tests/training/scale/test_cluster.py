@@ -9,14 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from mi2rage_engines.errors import InputError, Mi2rageError, MissingExtraError
-from mi2rage_rt.worker_pool import PoolOptions, WorkerPool
+from mi2rage_engines.errors import DataError, InputError, Mi2rageError, MissingExtraError
+from mi2rage_rt.jobs import Skipped, predict_samples
+from mi2rage_rt.pool_option import pool_options
+from mi2rage_rt.predict_cluster import ClassifierChoice, predict_on_cluster
+from mi2rage_rt.ray_cluster import PoolOptions
+from mi2rage_rt.samples import Sample, Span
+from mi2rage_rt.worker_pool import WorkerPool
 from mi2rage_training.budget import Budget
 from mi2rage_training.chain import ChainConfig, synthesize
-from mi2rage_training.chain_cluster import cluster_options, make_on_cluster
+from mi2rage_training.chain_cluster import make_on_cluster
 from mi2rage_training.chain_run import RunOptions, make_here
+from mi2rage_training.fit import FitConfig
 from mi2rage_training.pairs import Pair
+from mi2rage_training.policies import Policy, PolicyConfig
+from mi2rage_training.selection import SelectionConfig, select
 from mi2rage_training.store import read_manifest
+from mi2rage_training.teacher import TeacherConfig
+from tests.runtime.tiny_bundle import build_bundle
 from tests.training.fakes import MeanCaptioner, NoiseGenerator, samples
 from tests.training.scale import duties
 from tests.training.scale.duties import Count, FakeChoice, Once, Poisoned
@@ -97,9 +107,9 @@ def test_an_item_that_takes_long_is_made_by_an_idle_worker_too(cluster: PoolOpti
 def test_errors_are_raised_as_they_are(cluster: PoolOptions, tmp_path: Path) -> None:
     with WorkerPool(cluster, Count(tmp_path)) as pool, pytest.raises(ValueError, match=r"^five$"):
         list(pool.done(range(9), duties.failing))
-    with WorkerPool(cluster, duties.refuse) as pool, pytest.raises(MissingExtraError, match=r"mi2rage-rt\[cpu\]"):
-        pool.ask(repr)
     one = dataclasses.replace(cluster, workers=1, tries=1)
+    with WorkerPool(one, duties.refuse) as pool, pytest.raises(MissingExtraError, match=r"mi2rage-rt\[cpu\]"):
+        pool.ask(repr)
     with WorkerPool(one, duties.die) as pool, pytest.raises(Mi2rageError, match="1 died while they started"):
         pool.ask(repr)
 
@@ -143,12 +153,58 @@ def test_samples_that_raise_or_kill_are_left_out(
     assert read_manifest(tmp_path / "two").rows == 32
 
 
+def test_models_that_kill_whatever_they_make_are_no_fault_of_the_samples(cluster: PoolOptions, tmp_path: Path) -> None:
+    deadly, once = FakeChoice(kills="Ana"), dataclasses.replace(cluster, workers=1, tries=1)
+    with pytest.raises(Mi2rageError, match="every worker that made shard 0 died; nothing was ever made"):
+        make_on_cluster(PAIRS[:1], tmp_path / "two", deadly, CONFIG, once, RunOptions(tries=1))
+    with pytest.raises(Mi2rageError, match="every worker that made shard 0 died; expected"):
+        make_on_cluster(PAIRS[:1], tmp_path / "two", deadly, CONFIG, once)
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["settings.json"]
+
+
+def test_predictions_are_those_of_one_process(cluster: PoolOptions, tmp_path: Path) -> None:
+    bundle, spans = build_bundle(tmp_path / "bundle"), (Span(0, 2), Span(3, 4))
+    rows = [Sample(f"s{i}", ("Tim", "Cook", "leads", "Apple" if i % 3 else "Rome"), *spans) for i in range(1100)]
+    rows[40] = dataclasses.replace(rows[40], label="/no/such")
+    options: list[list[Skipped]] = [[], []]
+    choice = ClassifierChoice(bundle, threads=1)
+    one = predict_samples(choice.load(), rows, None, skip_bad=True, skipped=options[0])
+    two = predict_on_cluster(choice, rows, None, cluster, skip_bad=True, skipped=options[1])
+    assert len(two) == 1099
+    assert two == one
+    assert options[0] == options[1]
+    with pytest.raises(DataError, match="all 1 samples were skipped"):
+        predict_on_cluster(choice, rows[40:41], None, dataclasses.replace(cluster, workers=1), skip_bad=True)
+
+
+def test_a_selection_is_that_of_one_process(cluster: PoolOptions, tmp_path: Path) -> None:
+    import torch
+
+    synthesize([Pair(sample) for sample in samples(24)], tmp_path / "all", NoiseGenerator(), MeanCaptioner(), CONFIG)
+    teacher = TeacherConfig(2, FitConfig(epochs=1))
+    config = SelectionConfig(PolicyConfig(Policy.ADDED, per_parent=1), teacher, fit_on=9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cluster.threads)  # as the workers have
+    try:
+        one = select(tmp_path / "all", tmp_path / "one", config)
+        two = select(tmp_path / "all", tmp_path / "two", config, cluster)
+    finally:
+        torch.set_num_threads(threads)
+    assert one.kept.sum() == 24
+    assert two.manifest == one.manifest
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    with pytest.raises(InputError, match="--ray: came without --fit-on"):
+        select(tmp_path / "all", tmp_path / "three", dataclasses.replace(config, fit_on=None), cluster)
+    assert not (tmp_path / "three").exists()
+
+
 def test_bad_options_are_refused() -> None:
     for wrong in ({"workers": 0}, {"gpus_per_worker": -1.0}, {"cpus_per_worker": 0.0}, {"tries": 0}):
         with pytest.raises(InputError, match="expected"):
             PoolOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--workers 2: came without --ray"):
-        cluster_options(None, 2, None, 1, 3)
-    with pytest.raises(InputError, match="--in-flight 2: came with --ray"):
-        cluster_options("local", 2, None, 1, 3, in_flight=2)
-    assert cluster_options(None, None, None, 1, 3) is None
+        pool_options(None, 2, None, None)
+    with pytest.raises(InputError, match=r"--cpus-per-worker 0\.5: came without --ray"):
+        pool_options(None, None, None, 0.5)
+    assert pool_options(None, None, None, None) is None
+    assert pool_options("local", None, 0.5, None, tries=0) == PoolOptions(gpus_per_worker=0.5, tries=1)
