@@ -204,7 +204,7 @@ class MicroBatcher(Generic[T, R]):
 
     def _tell_late(self, late: Sequence[Ticket[T]]) -> None:
         for ticket in late:
-            allowed_ms = (ticket.deadline_s - ticket.arrived_s) * 1e3
+            allowed_ms = max(0.0, ticket.deadline_s - ticket.arrived_s) * 1e3
             ticket.future.set_exception(
                 DeadlineError(
                     f"{self.name}: the request was not started within its {allowed_ms:.0f} ms and was dropped; "
