@@ -14,6 +14,7 @@ import pytest
 
 from mi2rage_engines.errors import InputError
 from mi2rage_rt.images import encode_image
+from mi2rage_training import study_run
 from mi2rage_training.chain_config import Given
 from mi2rage_training.study_cells import CELLS, cells_of, comparisons_of
 from mi2rage_training.study_recipe import Recipe, read_recipe, recipe_names
@@ -117,6 +118,34 @@ def test_a_study_that_was_stopped_ends_with_the_same_table(finished: Path, tmp_p
     assert not (out / "study.json").exists()
     run_study(read_recipe("micro-quick", FEW), StudyConfig(out))
     assert table(out) == table(finished)
+
+
+def test_several_students_of_a_row_answer_by_their_mean_probabilities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    labels: list[str] = []
+    fit = study_run.fit_classifier
+    # Two students lean to the second label a little, one is sure of the first: their mean is for it, their votes not.
+    logits = iter([[0.0, 0.4], [0.0, 0.4], [5.0, 0.0]])
+
+    def fitted(pairs: Any, config: Any, **kwargs: Any) -> Any:
+        seeds.append(config.seed)
+        return fit(pairs, config, **kwargs)
+
+    def answers(classifier: Any, *splits: Any) -> list[Any]:
+        labels[:] = classifier.labels
+        row = np.full(len(labels), -9.0)
+        row[:2] = next(logits)
+        return [np.tile(row, (len(split), 1)) for split in splits]
+
+    monkeypatch.setattr(study_run, "fit_classifier", fitted)
+    monkeypatch.setattr(study_run, "logits_of_pairs", answers)
+    changes = (*SMALL, 'cells=["unimodal"]', "students=3")
+    result = run_study(read_recipe("micro-quick", changes), StudyConfig(tmp_path / "study"))
+    assert len(set(seeds)) == 3
+    (row,) = result.results
+    assert set(row.predicted) == {labels[0]}
 
 
 def test_a_folder_of_another_study_is_refused(finished: Path, tmp_path: Path) -> None:

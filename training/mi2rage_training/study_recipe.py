@@ -139,7 +139,12 @@ class MethodRecipe(_Part):
 
 
 class Recipe(_Part):
-    """A whole study."""
+    """A whole study.
+
+    Attributes:
+        students: of each row, alike but for their seeds; the mean of their probabilities answers. More than one takes
+            the noise of a single student out of every row.
+    """
 
     name: str
     title: str
@@ -150,6 +155,7 @@ class Recipe(_Part):
     chain: dict[Given, ChainRecipe] = {}
     teacher: TeacherRecipe = TeacherRecipe()
     student: FitRecipe = FitRecipe()
+    students: int = Field(default=1, ge=1)
     method: MethodRecipe = MethodRecipe()
     cells: tuple[str, ...] = ()
 

@@ -21,6 +21,7 @@ import numpy as np
 from mi2rage_engines.errors import DataError, InputError
 from mi2rage_rt.files import atomic_text
 from mi2rage_rt.progress import Steps, be_quiet, steps
+from mi2rage_training.calibration import log_softmax
 from mi2rage_training.chain_config import Given
 from mi2rage_training.fit import fit_classifier, logits_of_pairs
 from mi2rage_training.study_cells import Cell, Lesson, cells_of, comparisons_of
@@ -227,23 +228,27 @@ def _run_cell(cell: Cell, material: Material) -> CellResult:
 
 
 def _taught(lesson: Lesson, material: Material, title: str) -> tuple[list[str], int]:
-    """The student's labels for the test pairs, and its best epoch on the validation pairs."""
+    """The students' labels for the test pairs, and the first one's best epoch on the validation pairs."""
     splits = {split: material.unimodal(pairs) if lesson.unimodal else pairs for split, pairs in material.real.items()}
-    fit = dataclasses.replace(
-        material.recipe.student.config(material.recipe.models, material.seed_of("student")), distill=lesson.distill
-    )
-    fitted = fit_classifier(
-        lesson.pairs,
-        fit,
-        validation=splits["validation"],
-        labels=material.labels,
-        device=material.place.device,
-        description=title,
-        weights=lesson.weights,
-        soft_targets=lesson.soft_targets,
-    )
-    (logits,) = logits_of_pairs(fitted.classifier, splits["test"])
-    return [material.labels[index] for index in np.argmax(logits, 1)], fitted.best_epoch
+    answers, best_epochs = [], []
+    for number in range(material.recipe.students):
+        seed = material.seed_of("student") if number == 0 else material.seed_of(f"student {number}")
+        config = material.recipe.student.config(material.recipe.models, seed)
+        fitted = fit_classifier(
+            lesson.pairs,
+            dataclasses.replace(config, distill=lesson.distill),
+            validation=splits["validation"],
+            labels=material.labels,
+            device=material.place.device,
+            description=title,
+            weights=lesson.weights,
+            soft_targets=lesson.soft_targets,
+        )
+        (logits,) = logits_of_pairs(fitted.classifier, splits["test"])
+        answers.append(np.exp(log_softmax(logits)))
+        best_epochs.append(fitted.best_epoch)
+    chosen = np.argmax(np.mean(answers, axis=0), axis=1)
+    return [material.labels[index] for index in chosen], best_epochs[0]
 
 
 def _measures(recipe: Recipe, out: Path) -> dict[Given, list[dict[str, Any]]]:
