@@ -88,7 +88,8 @@ class BenchCell(_Record):
         part: of a recipe, by its name; empty where there is no recipe.
         sizes: of the graph's dynamic axes, or what else the work depends on.
         items: images, captions or samples a call makes.
-        flop: operations a call, counted on the PyTorch modules; moved_bytes: what they read and write, in fp32.
+        flop: operations a call, counted on the PyTorch modules; moved_bytes: what they read and write, in fp32. Both
+            are 0 where bundles leave some of the work out.
         sides: eager first.
         failed: why there are none; None where there are.
         conditions: what else the machine did meanwhile.
@@ -194,8 +195,8 @@ def held_against(cell: BenchCell, gflops: float, gbps: float) -> BenchCell:
     allowed = attainable_gflops(cell.flop, cell.moved_bytes, gflops, gbps) if gbps else gflops
 
     def held(side: SideResult) -> SideResult:
-        # Of a part of the work the operations were not counted.
-        if side.timing is None or not gflops or side.of_part:
+        # Of a part of the work the operations were not counted, nor where the sides' differ.
+        if side.timing is None or not gflops or side.of_part or not cell.flop:
             return side
         rate = cell.flop / side.timing.median_ms / 1e6
         return side.model_copy(update={"gemm_fraction": rate / gflops, "roofline_fraction": rate / allowed})
