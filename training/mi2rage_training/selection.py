@@ -32,7 +32,9 @@ from mi2rage_training.store import (
     StoreWriter,
     read_columns,
     read_manifest,
+    read_tables,
 )
+from mi2rage_training.store_rows import bytes_from_table
 from mi2rage_training.teacher import TeacherConfig, TeacherScores, fit_teachers
 from mi2rage_training.teacher_folder import save_teachers
 from mi2rage_training.teacher_sample import fit_teachers_on_some
@@ -42,6 +44,7 @@ __all__ = ["SCORES_NAME", "Selection", "SelectionConfig", "select", "table_from_
 SCORES_NAME = "scores.parquet"
 _SHARD_ROWS = 1024
 _SHARD_BYTES = 128 << 20
+_PIECE_ROWS = 64
 _TAUGHT = (Policy.INFORMATION, Policy.ADDED, Policy.POSTERIOR)
 
 
@@ -220,28 +223,37 @@ def _bytes_of_scores(
     return content
 
 
-def _with_scores(
-    candidate: Candidate, scores: TeacherScores | None, weights: NDArray[np.float64] | None, row: int
-) -> Candidate:
-    if scores is None:
-        return candidate
-    information, added = float(scores.information_nats[row]), float(scores.added_nats[row])
-    weight = None if weights is None else float(weights[row])
-    return dataclasses.replace(candidate, information_nats=information, added_nats=added, weight=weight)
+def _kept(
+    store: StorePlace, kept: NDArray[np.bool_], scores: TeacherScores | None, weights: NDArray[np.float64] | None
+) -> Iterator[pa.Table]:
+    """The rows that are kept, some at a time, with their scores where there are any."""
+    nothing = np.full(len(kept), None) if weights is None else weights
+    end = 0
+    for table in read_tables(store):
+        start, end = end, end + len(table)
+        rows = start + np.flatnonzero(kept[start:end])
+        chosen = table.take(rows - start)
+        if scores is not None:
+            columns = {"information_nats": scores.information_nats, "added_nats": scores.added_nats, "weight": nothing}
+            for name, values in columns.items():
+                place = chosen.schema.get_field_index(name)
+                chosen = chosen.set_column(place, name, pa.array(values[rows], pa.float64()))
+        for first in range(0, len(chosen), _PIECE_ROWS):
+            yield chosen.slice(first, _PIECE_ROWS)
 
 
-def _shards(candidates: Iterable[Candidate]) -> Iterator[list[Candidate]]:
-    """The rows of each shard: so many, or fewer with so many bytes of images."""
-    rows: list[Candidate] = []
-    size = 0
-    for candidate in candidates:
-        rows.append(candidate)
-        size += len(candidate.image) + len(candidate.via or b"")
-        if len(rows) == _SHARD_ROWS or size >= _SHARD_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
+def _shards(pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of each shard: so many and hardly more, or fewer with so many bytes."""
+    found: list[pa.Table] = []
+    rows = size = 0
+    for piece in pieces:
+        found.append(piece)
+        rows, size = rows + len(piece), size + piece.nbytes
+        if rows >= _SHARD_ROWS or size >= _SHARD_BYTES:
+            yield pa.concat_tables(found)
+            found, rows, size = [], 0, 0
+    if found:
+        yield pa.concat_tables(found)
 
 
 def select(store: StorePlace, out: StorePlace, config: SelectionConfig, pool: PoolOptions | None = None) -> Selection:
@@ -276,11 +288,8 @@ def select(store: StorePlace, out: StorePlace, config: SelectionConfig, pool: Po
     decision = decide(table, config.policy)
     weights = None if scores is None else posterior_weights(table)
     written = weights if config.weighted else None
-    kept = (
-        _with_scores(candidate, scores, written, row) for row, candidate in enumerate(candidates) if decision.kept[row]
-    )
     count = 0
-    for count, rows in enumerate(_shards(kept), 1):
-        writer.write(count - 1, rows)
+    for count, rows in enumerate(_shards(_kept(store, decision.kept, scores, written)), 1):
+        writer.put(count - 1, bytes_from_table(rows), len(rows))
     writer.files.write(SCORES_NAME, _bytes_of_scores(table, children, decision, weights))
     return Selection(writer.finish(count), scores, decision.kept, decision.reasons, table.similarity, weights)

@@ -61,6 +61,7 @@ __all__ = [
     "read_manifest",
     "read_shard",
     "read_store",
+    "read_tables",
     "record_of",
     "set_aside",
     "shard_name",
@@ -232,6 +233,13 @@ def read_store(place: StorePlace) -> Iterator[Candidate]:
     files = files_at(place)
     for name, record in read_manifest(place).shards.items():
         yield from candidates_from(batches_from(read_shard(files, name, record)))
+
+
+def read_tables(place: StorePlace) -> Iterator[pa.Table]:
+    """All columns of a finished store, a table for each shard; raises as `read_store`."""
+    files = files_at(place)
+    for name, record in read_manifest(place).shards.items():
+        yield table_from(read_shard(files, name, record))
 
 
 class StoredCandidates:

@@ -27,6 +27,7 @@ __all__ = [
     "Candidates",
     "batches_from",
     "bytes_from_candidates",
+    "bytes_from_table",
     "candidates_from",
     "rows_if_whole",
     "table_from",
@@ -162,11 +163,15 @@ def _candidate(row: dict[str, Any]) -> Candidate:
 
 
 def bytes_from_candidates(candidates: Sequence[Candidate]) -> bytes:
-    """A shard; the same candidates give the same bytes. Its pages carry checksums, and the footer one of all bytes."""
-    table = pa.Table.from_pylist([_row(candidate) for candidate in candidates], schema=SCHEMA)
+    """A shard; the same candidates give the same bytes."""
+    return bytes_from_table(pa.Table.from_pylist([_row(candidate) for candidate in candidates], schema=SCHEMA))
+
+
+def bytes_from_table(table: pa.Table) -> bytes:
+    """A shard of these rows, in the columns of `SCHEMA`. Its pages carry checksums, the footer one of all bytes."""
     buffer = pa.BufferOutputStream()
     with pq.ParquetWriter(buffer, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        writer.write_table(table)
+        writer.write_table(table.combine_chunks())
         writer.add_key_value_metadata({_DIGEST: _BLANK})
     content = bytearray(buffer.getvalue())
     place = content.rindex(_MARK + _BLANK) + len(_MARK)
@@ -200,15 +205,15 @@ def rows_if_whole(content: bytes) -> int | None:
     if marked and not _has_digest(content, place):  # before anything of it is parsed
         return None
     try:
-        metadata = pq.read_metadata(pa.BufferReader(content))
-        if not metadata.schema.to_arrow_schema().equals(SCHEMA):
+        # Not read_metadata(...).schema.to_arrow_schema(), which leaks in pyarrow 26.
+        file = _opened(content)
+        if not file.schema_arrow.equals(SCHEMA):
             return None
         if marked:
-            return int(metadata.num_rows)
+            return int(file.metadata.num_rows)
         # Shards of earlier releases had two entries, none of them a digest.
-        return (
-            sum(int(batch.num_rows) for batch in batches_from(content)) if len(metadata.metadata or {}) == 2 else None
-        )
+        old = len(file.metadata.metadata or {}) == 2
+        return sum(int(batch.num_rows) for batch in file.iter_batches(_BATCH_ROWS)) if old else None
     except (OSError, ValueError, pa.ArrowException):
         return None
 
