@@ -59,7 +59,7 @@ def test_configurations_say_what_the_graphs_take(exported_repository: Path, expo
         assert config.parameters["intra_op_thread_count"].string_value == "3"
         assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
     batched = {name for name, config in found.items() if config.HasField("dynamic_batching")}
-    graphs_batched = {"generator_text_encoder", "generator_vae_decoder", "classifier_image"}
+    graphs_batched = {"generator_text_encoder", "generator_vae_decoder", "classifier_image", "captioner_vision"}
     assert batched == graphs_batched | set(MODELS)
     assert all(found[name].max_batch_size == (5 if name in batched else 0) for name in found)
 
