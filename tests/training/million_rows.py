@@ -72,8 +72,7 @@ class Watch:
             self.peaks_mb.append(memory_mb("VmHWM"))
             print(
                 f"{self.done:>12,} rows  {self.step / (now - self.last):>8,.0f} rows/s  "
-                f"{self.cpu_us[-1]:>6,.0f} us CPU a row  "
-                f"RSS {memory_mb():>7,.1f} MB  peak {self.peaks_mb[-1]:>7,.1f} MB",
+                f"{self.cpu_us[-1]:>6,.0f} us CPU  RSS {memory_mb():>4,.0f} MB  peak {self.peaks_mb[-1]:>4,.0f} MB",
                 flush=True,
             )
             self.last, self.last_cpu = now, cpu

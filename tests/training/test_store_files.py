@@ -148,7 +148,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(number: int, tmp_path: Path, m
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        Mi2rageError, match=r"shard: .*\(the disk at /.* has [\d,]+ MB left.* kept; make room"
+        Mi2rageError, match=r"shard: .*\(the disk at /.* has [\d,.]+ MB left.* kept; make room"
     ) as caught:
         files.write("shard", b"x" * 100)
     assert caught.value.exit_code == 1

@@ -121,8 +121,8 @@ class LocalFiles:
                 raise
             disk, free = _disk_of(self.folder)
             raise Mi2rageError(
-                f"{self.at(name)}: {error.strerror} (the disk at {disk} has {free / 1e6:,.0f} MB left, "
-                f"{len(content) / 1e6:,.1f} MB were to be written); what was finished is kept; make room, and give the "
+                f"{self.at(name)}: {error.strerror} (the disk at {disk} has {free / 1e6:,.2f} MB left, "
+                f"{len(content) / 1e6:,.2f} MB were to be written); what was finished is kept; make room, and give the "
                 "same command again to go on"
             ) from error
 
