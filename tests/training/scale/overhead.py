@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python -m tests.training.scale.overhead [--workers 2] [--rounds 5] [--samples 96]
         [--models embedded|waiting]
 
-Both sides have the same models loaded in the same number of processes, one thread each, before the clock starts; a
-plain process makes every n-th shard of the samples into a store of its own. The sides take turns. Prints the seconds of
-each round, and the ratio of the sides' medians. With `--models waiting` the models do nothing but wait 0.1 s a call, as
-a GPU would have a CPU wait, so that the machine's cores do not matter. The cluster's store is compared with that of one
-process.
+Both sides have the same models loaded in the same number of processes, one thread each, and have made something,
+before the clock starts; a plain process makes every n-th shard of the samples into a store of its own. The sides take
+turns. Prints the seconds of each round, and the ratio of the sides' medians. With `--models waiting` the models do
+nothing but wait 0.1 s a call, as a GPU would have a CPU wait, so that the machine's cores do not matter. The cluster's
+store is compared with that of one process.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class WaitingChoice(ModelChoice):
 
 def _plain(choice: ModelChoice, pairs: Sequence[Pair], out: Path, ready: Any, ends: Any) -> None:
     models = choice.load()
+    make_here(pairs[:1], out / "warm-up", models.generator, models.captioner, _CONFIG, models.described)
+    out = out / "store"
     ready.wait()
     begun = time.monotonic()
     make_here(pairs, out, models.generator, models.captioner, _CONFIG, models.described)
@@ -91,6 +93,8 @@ def cluster_seconds(choice: ModelChoice, pairs: Sequence[Pair], out: Path, worke
     with contextlib.ExitStack() as ending, cluster_workers(choice, PoolOptions(workers=workers)) as pool:
         while pool.size < workers:
             list(pool.done(range(1), _nothing))
+        warm_up = pairs[: 2 * workers * _CONFIG.shard_size]
+        make_by(pool, warm_up, out.with_name(f"{out.name}-warm-up"), _CONFIG, RunOptions(), ending)
         begun = time.monotonic()
         make_by(pool, pairs, out, _CONFIG, RunOptions(), ending)
         return time.monotonic() - begun
