@@ -6,14 +6,30 @@ Whoever changes a folder copies it first.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from mi2rage_rt import progress
 from tests.models.tiny_captioner import build_captioner, check_captioner
 from tests.models.tiny_classifier import build_classifier, check_classifier
 from tests.models.tiny_generator import build_generator, check_generator
+
+PACKAGES = ("mi2rage_engines", "mi2rage_rt", "mi2rage_training", "mi2rage_export", "mi2rage_benchmarks")
+
+
+@pytest.fixture(autouse=True)
+def _own_manners() -> Iterator[None]:
+    """What the command line does to the packages' loggers and to the bars ends with the test that called it."""
+    loggers = [logging.getLogger(package) for package in PACKAGES]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    progress.be_quiet(False)
 
 
 def shared(
