@@ -8,8 +8,8 @@ or after a random number of further shards and up to 0.3 s, so in the middle of 
 started again with the same command until the store is finished, then the next store is begun, until the kills are
 spent. After each kill of a driver the shards that are there are compared with the undisturbed run's, and at the end
 every file and every row. With --s3 the stores are on an S3 server on this machine (moto's). The models are tiny, the
-command line, the store and Ray are the real ones. Prints one JSON document; exits with 1 if anything was lost, doubled
-or different.
+command line, the store and Ray are the real ones. Prints the figures after each store, and at the end one JSON
+document; exits with 1 if anything was lost, doubled or different.
 """
 
 from __future__ import annotations
@@ -243,6 +243,7 @@ def run(kills: int, workers: int, material: Material, base: str, seed: int) -> F
     figures, rng = Figures(workers), np.random.default_rng((seed, workers))
     while figures.killed < kills:
         disturb(material, f"{base}/{workers}-{figures.stores}", figures, kills - figures.killed, rng)
+        print(json.dumps(dataclasses.asdict(figures)), file=sys.stderr, flush=True)
     return figures
 
 
@@ -266,7 +267,6 @@ def main() -> None:
             share = options.kills // len(numbers) + (place < options.kills % len(numbers))
             figures = run(share, workers, material, base, options.seed)
             found.append(dataclasses.asdict(figures))
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     print(json.dumps({"s3": options.s3, "seed": options.seed, "by_workers": found}, indent=2))
     sys.exit(any(part[name] for part in found for name in ("lost", "doubled", "different")))
 
