@@ -161,8 +161,8 @@ def time_alternating(
 ) -> list[Timing]:
     """Time calls in one run, in turns, so that what else the machine does falls on all of them.
 
-    Turns are windows of a few calls, the side that begins changes each time, and each window has a rest before it and,
-    where it is of several calls, one untimed call.
+    Turns are windows of a few calls. Their order changes each time, so that no side always begins or follows the same
+    other one. Each window has a rest before it and, where it is of several calls, one untimed call.
 
     Args:
         calls: return when their work is done.
@@ -180,8 +180,7 @@ def time_alternating(
     ended: Ended | None = None
     with progress.steps(label, pace.turns(window)) as bar:
         for turn in itertools.count():
-            for place in range(len(calls)):
-                side = (turn + place) % len(calls)
+            for side in _order(turn, len(calls)):
                 time.sleep(_REST_SECONDS)
                 if window > 1:
                     calls[side]()
@@ -192,6 +191,12 @@ def time_alternating(
             if ended is not None:
                 break
     return [Timing.from_samples(*both, window, ended) for both in zip(samples, warmups, strict=True)]
+
+
+def _order(turn: int, sides: int) -> list[int]:
+    """The sides in the order of a turn: each pair of turns there and back, the next pair from the next side on."""
+    order = [(turn // 2 + place) % sides for place in range(sides)]
+    return order[::-1] if turn % 2 else order
 
 
 def _warmed_up(call: Callable[[], object]) -> list[float]:

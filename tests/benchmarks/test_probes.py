@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -10,22 +13,32 @@ from mi2rage_benchmarks.environment import busy_cores, environment
 from mi2rage_benchmarks.probes import Pace, Timing, percentiles_ms, ratio_of, time_alternating
 
 
-def test_sides_take_turns_and_each_begins_in_its_turn():
+def test_sides_take_turns_there_and_back_and_each_begins():
     calls: list[str] = []
     between: list[int] = []
     sides = [lambda name=name: calls.append(name) for name in "abc"]
     found = time_alternating(sides, repeats=15, between=lambda: between.append(len(calls)))
     a, b, c = "a" * 6, "b" * 6, "c" * 6  # one untimed, then a window of five
-    assert "".join(calls) == "aaabbbccc" + a + b + c + b + c + a + c + a + b
+    assert "".join(calls) == "aaabbbccc" + a + b + c + c + b + a + b + c + a
     assert between == [9 + 18, 9 + 36, 9 + 54]
     assert [(len(timing.samples_ms), len(timing.warmup_ms), timing.window) for timing in found] == [(15, 3, 5)] * 3
+
+
+def test_no_side_always_follows_the_same_other_one():
+    """What a side leaves behind, such as threads that still spin, falls on all others alike."""
+    for sides in (2, 3, 4):
+        turns = [probes._order(turn, sides) for turn in range(2 * sides)]
+        assert all(sorted(order) == list(range(sides)) for order in turns)
+        assert Counter(order[0] for order in turns) == dict.fromkeys(range(sides), 2)
+        follows = Counter(pair for order in turns for pair in itertools.pairwise(order))
+        assert all(count == follows[after, before] for (before, after), count in follows.items())
 
 
 def test_slow_calls_have_short_windows_and_little_warm_up(monkeypatch):
     monkeypatch.setattr(probes, "call_ms", lambda call: call() or 2500.0)
     calls: list[str] = []
     first, second = time_alternating([lambda: calls.append("a"), lambda: calls.append("b")], repeats=3)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ba"
     assert (first.window, len(first.samples_ms), len(second.warmup_ms)) == (1, 3, 1)
 
 
