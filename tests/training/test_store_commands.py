@@ -18,9 +18,11 @@ from mi2rage_training.chain import ChainConfig, synthesize
 from mi2rage_training.pairs import Pair, load_pairs
 from mi2rage_training.policies import Policy, PolicyConfig
 from mi2rage_training.selection import SelectionConfig, select
+from mi2rage_training.shard_work import left_out_of
 from mi2rage_training.store import Candidate, StorePlace, StoreWriter, read_manifest, read_store, record_of, shard_name
 from mi2rage_training.store_check import check_store
 from mi2rage_training.store_files import files_at
+from mi2rage_training.store_manifest import note_name
 from mi2rage_training.store_merge import merge_stores
 from mi2rage_training.store_stats import stats_of_store
 from tests.training.fakes import MeanCaptioner, NoiseGenerator, candidates, samples
@@ -140,6 +142,17 @@ def test_merged_stores_are_merged_and_selected_from(tmp_path: Path) -> None:
     assert merge_stores([tmp_path / "s2", tmp_path / "s1"], tmp_path / "s").rows == 20
     with pytest.raises(InputError, match=r"different settings.*step: 'synthesize' and 'select'"):
         merge_stores([tmp_path / "0", tmp_path / "s1"], tmp_path / "no")
+
+
+def test_what_a_store_lacks_is_noted_in_the_merged_one_too(tmp_path: Path) -> None:
+    made(tmp_path / "one")
+    made(tmp_path / "two", first=10)
+    note = note_name(shard_name(1))
+    (tmp_path / "two" / note).write_text('{"id": "s99", "reason": "no image"}\n')
+    merge_stores([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    assert [left.id for left in left_out_of(files_at(tmp_path / "out"))] == ["s99"]
+    first = len(read_manifest(tmp_path / "one").shards)
+    assert (tmp_path / "out" / note_name(shard_name(first + 1))).is_file()
 
 
 def test_a_merge_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,12 @@ from mi2rage_training.chain_links import Links
 from mi2rage_training.pairs import Pair
 from mi2rage_training.store import Candidate, StoreWriter
 from mi2rage_training.store_files import Files
+from mi2rage_training.store_manifest import NOTE_SUFFIX, note_name, shard_name
 from mi2rage_training.tally import Tally
 
 __all__ = ["LeftOut", "MadeShard", "Shard", "ShardWork", "explain_left_out", "left_out_of"]
 
 logger = logging.getLogger(__name__)
-
-_NOTE = ".left-out.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,22 +158,18 @@ class ShardWork:
         return self.links.make(pairs)
 
 
-def _note_name(index: int) -> str:
-    return f"shard-{index:05d}{_NOTE}"
-
-
 def write_left_out(files: Files, index: int, left_out: Sequence[LeftOut]) -> None:
     """Note what a shard lacks; before the shard itself is written, so that none is there without its note."""
     if not left_out:
-        files.remove(_note_name(index))
+        files.remove(note_name(shard_name(index)))
         return
     lines = (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in left_out)
-    files.write(_note_name(index), "".join(lines).encode())
+    files.write(note_name(shard_name(index)), "".join(lines).encode())
 
 
 def left_out_of(files: Files) -> list[LeftOut]:
     """All samples that a store lacks, in the order of its shards."""
-    notes = sorted(name for name in files.names() if name.endswith(_NOTE) and not name.startswith("."))
+    notes = sorted(name for name in files.names() if name.endswith(NOTE_SUFFIX) and not name.startswith("."))
     return [LeftOut(**json.loads(line)) for name in notes for line in files.read(name).decode().splitlines()]
 
 
@@ -184,6 +179,6 @@ def explain_left_out(store: object, left_out: Sequence[LeftOut]) -> str:
     more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
     return (
         f"{store}: nothing could be made of {len(left_out)} samples, which were left out: {names}{more} "
-        f"({left_out[0].reason}); the store holds all others and can be used; the files *{_NOTE} in it name each with "
-        "its reason; delete such a file's shard to have it tried again, or give --skip-bad where this is expected"
+        f"({left_out[0].reason}); the store holds all others and can be used; the files *{NOTE_SUFFIX} in it name each "
+        "with its reason; delete such a file's shard to have it tried again, or give --skip-bad where this is expected"
     )

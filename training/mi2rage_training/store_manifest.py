@@ -18,6 +18,7 @@ from mi2rage_training.store_files import Files, LocalFiles, StorePlace, files_at
 
 __all__ = [
     "MANIFEST_NAME",
+    "NOTE_SUFFIX",
     "SCHEMA_VERSION",
     "SETTINGS_NAME",
     "StoreManifest",
@@ -27,6 +28,7 @@ __all__ = [
     "is_draft",
     "is_store",
     "manifest_in",
+    "note_name",
     "read_manifest",
     "record_of",
     "set_aside",
@@ -37,6 +39,7 @@ __all__ = [
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SETTINGS_NAME = "settings.json"
+NOTE_SUFFIX = ".left-out.jsonl"
 
 _DRAFTS = (f".{SETTINGS_NAME}.", f".{MANIFEST_NAME}.", ".shard-", ".scores.")
 _MOST_DIFFERENCES = 8
@@ -56,6 +59,11 @@ class StoreManifest(BaseModel):
 def shard_name(index: int) -> str:
     """The file of shard `index`."""
     return f"shard-{index:05d}.parquet"
+
+
+def note_name(shard: str) -> str:
+    """The file beside a shard that names the real samples of which nothing could be made."""
+    return shard.removesuffix(".parquet") + NOTE_SUFFIX
 
 
 def is_draft(name: str) -> bool:

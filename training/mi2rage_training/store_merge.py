@@ -15,7 +15,7 @@ from mi2rage_rt.noise import seed_from
 from mi2rage_rt.progress import track
 from mi2rage_training.store import StorePlace, StoreWriter, read_columns, read_shard
 from mi2rage_training.store_files import Files, files_at
-from mi2rage_training.store_manifest import StoreManifest, differences, flat, read_manifest
+from mi2rage_training.store_manifest import StoreManifest, differences, flat, note_name, read_manifest, shard_name
 from mi2rage_training.store_rows import rows_if_whole
 
 __all__ = ["merge_stores"]
@@ -30,9 +30,11 @@ class _Store:
     files: Files
     manifest: StoreManifest
 
-    def shards(self) -> Iterator[tuple[Files, str, FileRecord]]:
+    def shards(self) -> Iterator[tuple[Files, str, FileRecord, bool]]:
+        """Each shard, and whether there is a note beside it of what it lacks."""
+        there = self.files.names()
         for name, record in self.manifest.shards.items():
-            yield self.files, name, record
+            yield self.files, name, record, note_name(name) in there
 
 
 def merge_stores(places: Sequence[StorePlace], out: StorePlace) -> StoreManifest:
@@ -57,9 +59,11 @@ def merge_stores(places: Sequence[StorePlace], out: StorePlace) -> StoreManifest
     parts = [{"rows": store.manifest.rows, **_own(store.manifest.settings)} for store in stores]
     writer = StoreWriter(out, {"step": "merge", "of": common, "stores": parts})
     shards = [shard for store in stores for shard in store.shards()]
-    for index, (files, name, record) in enumerate(track(shards, "merge")):
+    for index, (files, name, record, noted) in enumerate(track(shards, "merge")):
         if writer.record(index) != record:
             _copy(writer, index, read_shard(files, name, record), files.at(name))
+        if noted:
+            writer.files.write(note_name(shard_name(index)), files.read(note_name(name)))
     return writer.finish(len(shards))
 
 
