@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any, Generic, TypeVar
 
 from mi2rage_rt.batch_queue import BatchOptions
 from mi2rage_rt.batching import MicroBatcher
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Answering", "System"]
 
@@ -136,6 +139,7 @@ def _interruption_noted(note: Callable[[BaseException], None]) -> Iterator[None]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         note(KeyboardInterrupt())
+        logger.warning("stopping when LoadGen, which cannot be interrupted, has sent its queries; Ctrl-C ends at once")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     before = signal.signal(signal.SIGINT, on_signal)

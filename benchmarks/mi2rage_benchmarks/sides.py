@@ -25,10 +25,15 @@ AGAIN = ", again"
 
 
 class EngineClock:
-    """Seconds spent in the engines of a bundle, by engine; of one thread's calls."""
+    """Seconds spent in the engines of a bundle, by engine; of one thread's calls.
+
+    An engine whose `call` returns before its work is done has a method `mark`, see `TrtEngine.mark`: what such a call
+    took is the time between the marks before and behind it, on the GPU's own clock.
+    """
 
     def __init__(self) -> None:
-        self.by_engine: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._marks: list[tuple[str, Any, Any]] = []
 
     def timed(self, name: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """What `call` answers, its time added to that of engine `name`."""
@@ -36,7 +41,24 @@ class EngineClock:
         try:
             return call(*args, **kwargs)
         finally:
-            self.by_engine[name] = self.by_engine.get(name, 0.0) + time.perf_counter() - start
+            self._add(name, time.perf_counter() - start)
+
+    def marked(self, name: str, mark: Callable[[], Any], call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What `call` answers, the time between a mark before and one behind it added to that of engine `name`."""
+        before = mark()
+        answer = call(*args, **kwargs)
+        self._marks.append((name, before, mark()))
+        return answer
+
+    def by_engine(self) -> dict[str, float]:
+        """Seconds so far, by engine, once all that was asked for is done."""
+        marks, self._marks = self._marks, []
+        for name, before, behind in marks:
+            self._add(name, behind.ms_since(before) / 1000)
+        return dict(self._seconds)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
 class _ClockedEngine:
@@ -55,7 +77,10 @@ class _ClockedEngine:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         engine: Any = self._engine
-        return self._clock.timed(self._stage, engine.call, *args, **kwargs)
+        mark = getattr(engine, "mark", None)
+        if mark is None:
+            return self._clock.timed(self._stage, engine.call, *args, **kwargs)
+        return self._clock.marked(self._stage, mark, engine.call, *args, **kwargs)
 
 
 class Clocked:
@@ -69,10 +94,10 @@ class Clocked:
         self.stages_ms: list[dict[str, float]] = []
 
     def __call__(self) -> object:
-        before, start = dict(self._clock.by_engine), time.perf_counter()
+        before, start = self._clock.by_engine(), time.perf_counter()
         answer = self._call()
         total = time.perf_counter() - start
-        stages = {name: 1000 * (taken - before.get(name, 0.0)) for name, taken in self._clock.by_engine.items()}
+        stages = {name: 1000 * (taken - before.get(name, 0.0)) for name, taken in self._clock.by_engine().items()}
         self.stages_ms.append({name: taken for name, taken in stages.items() if taken > 0})
         self.total_ms.append(1000 * total)
         self.outside_ms.append(1000 * total - sum(stages.values()))

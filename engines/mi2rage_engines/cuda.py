@@ -1,4 +1,4 @@
-"""The little of CUDA that engines on device memory need, by the driver's library: a stream, memory, copies, graphs.
+"""The little of CUDA that engines on device memory need, by the driver's library: a stream, memory, copies, graphs, events.
 
 The driver and not the runtime (`libcudart`): wherever a GPU works there is `libcuda`, of one name, and streams and
 memory of its primary context are those that TensorRT, ONNX Runtime and PyTorch use.
@@ -21,7 +21,7 @@ import numpy as np
 from mi2rage_engines.engine import Array
 from mi2rage_engines.errors import EngineError
 
-__all__ = ["Cuda", "CudaArray", "CudaGraph", "default_cuda"]
+__all__ = ["Cuda", "CudaArray", "CudaEvent", "CudaGraph", "default_cuda"]
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, nor that for it
@@ -84,6 +84,33 @@ class CudaGraph:
             EngineError: the driver refused.
         """
         self._cuda._do("cuGraphLaunch", ctypes.c_void_p(self._handle), self._cuda._stream)
+
+
+class CudaEvent:
+    """A point of the stream that knows when the GPU came by it, see `Cuda.mark`."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        handle = ctypes.c_void_p()
+        cuda._do("cuEventCreate", ctypes.byref(handle), 0)
+        self._cuda, self._handle = cuda, int(handle.value or 0)
+        cuda._do("cuEventRecord", handle, cuda._stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self._cuda._release("cuEventDestroy_v2", self._handle)
+
+    def ms_since(self, earlier: CudaEvent) -> float:
+        """Milliseconds on the GPU's clock, to about half a microsecond, from an earlier point; waits for this one.
+
+        Raises:
+            EngineError: the work before it failed.
+        """
+        elapsed = ctypes.c_float()
+        here, there = ctypes.c_void_p(self._handle), ctypes.c_void_p(earlier._handle)
+        with self._cuda.turn():
+            self._cuda._do("cuEventSynchronize", here)
+            self._cuda._do("cuEventElapsedTime", ctypes.byref(elapsed), there, here)
+        return elapsed.value
 
 
 class Cuda:
@@ -194,6 +221,10 @@ class Cuda:
         self._do("cuStreamSynchronize", self._stream)
         self._sources.clear()
         self._sweep()
+
+    def mark(self) -> CudaEvent:
+        """A point behind everything that was given to the stream so far."""
+        return CudaEvent(self)
 
     def scratch(self, size: int) -> CudaArray:
         """The memory that engines compute in, at least `size` bytes and one for all: on one stream none overlap.

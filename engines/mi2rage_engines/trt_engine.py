@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mi2rage_engines.cuda import Cuda, CudaArray, CudaGraph
+from mi2rage_engines.cuda import Cuda, CudaArray, CudaEvent, CudaGraph
 from mi2rage_engines.engine import NOTHING, Array, DeviceArray, check_buffer, checked_array, checked_inputs
 from mi2rage_engines.errors import EngineError
 from mi2rage_engines.plan import Present, check_plan, read_record
@@ -144,6 +144,11 @@ class TrtEngine:
                 )
             self._execute(profile, shapes, {**placed, **outputs}, lines)
         return {name: self._settled(name, array, into) for name, array in outputs.items()}
+
+    def mark(self) -> CudaEvent:
+        """A point behind all calls so far, to take the time by: `call` returns before its work is done."""
+        with self._cuda.turn():
+            return self._cuda.mark()
 
     @property
     def _bound_inputs(self) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def test_an_error_of_the_model_comes_out_and_ends_the_run(tmp_path, scenario):
     assert test.runs == []
 
 
-def test_ctrl_c_comes_out_of_loadgen_as_itself(tmp_path):
+def test_ctrl_c_comes_out_of_loadgen_as_itself(tmp_path, caplog):
     calls = []
 
     def call(items):
@@ -168,6 +168,7 @@ def test_ctrl_c_comes_out_of_loadgen_as_itself(tmp_path):
         test.single_stream(test.warm_up())
     assert len(calls) == 20
     assert signal.getsignal(signal.SIGINT) is before
+    assert [record.getMessage() for record in caplog.records if "Ctrl-C ends at once" in record.getMessage()]
 
 
 @pytest.mark.parametrize(

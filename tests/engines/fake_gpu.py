@@ -34,6 +34,8 @@ class Driver:
         self.recording: list[Work] | None = None
         self.graphs: dict[int, list[Work]] = {}
         self.depth = self.launches = self.handles = 0
+        self.events: dict[int, float | None] = {}  # when each was reached, by a clock that a run of work moves on
+        self.now_ms = 0.0
         self.fail: dict[str, int] = {}
 
     def __getattribute__(self, name: str) -> Any:
@@ -127,7 +129,32 @@ class Driver:
         queue, self.queue = self.queue, []
         for work in queue:
             work()
+            self.now_ms += 0.5
         return None
+
+    def cuEventCreate(self, event: Any, flags: int) -> None:  # noqa: N802
+        assert flags == 0  # with the flag that turns the time off there would be none
+        self.handles += 1
+        event._obj.value = self.handles
+        self.events[self.handles] = None
+
+    def cuEventRecord(self, event: Any, stream: Any) -> None:  # noqa: N802
+        handle = event.value
+        self.enqueue(lambda: self.events.update({handle: self.now_ms}))
+
+    def cuEventSynchronize(self, event: Any) -> None:  # noqa: N802
+        if self.events[event.value] is None:
+            self.cuStreamSynchronize(None)
+
+    def cuEventElapsedTime(self, elapsed: Any, start: Any, end: Any) -> int | None:  # noqa: N802
+        first, last = self.events[start.value], self.events[end.value]
+        if first is None or last is None:
+            return 600  # CUDA_ERROR_NOT_READY
+        elapsed._obj.value = last - first
+        return None
+
+    def cuEventDestroy_v2(self, event: Any) -> None:  # noqa: N802
+        del self.events[event.value]
 
     def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> None:  # noqa: N802
         assert mode == 1 and self.recording is None

@@ -133,6 +133,26 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda: Cuda, driver: Dr
     assert not driver.graphs and driver.recording is None
 
 
+def test_marks_tell_the_time_between_them(cuda: Cuda, driver: Driver) -> None:
+    with cuda.turn():
+        target = cuda.put(np.zeros(4, np.float32))
+        cuda.synchronize()
+        before = cuda.mark()
+        cuda.fill(target, 1)
+        cuda.fill(target, 2)
+        behind = cuda.mark()
+    assert behind.ms_since(before) == pytest.approx(1.5)  # the first mark and two fills, half a millisecond each
+    assert not driver.queue, "it waits for what it is asked about"
+    del before, behind
+    gc.collect()
+    with cuda.turn():
+        cuda.synchronize()
+        assert not driver.events
+        driver.fail = {"cuEventCreate": 2}
+        with pytest.raises(EngineError, match="memory is full"):
+            cuda.mark()
+
+
 def test_drivers_that_refuse(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.fail = {"cuInit": 100}
     with pytest.raises(EngineError, match=r"cuInit failed with CUDA_ERROR_100 \(100\).*nvidia-smi"):

@@ -208,6 +208,20 @@ def test_rtx_records_itself(opened: Open, fake: Engine, driver: Driver) -> None:
     assert driver.launches == 0 and fake.config.cuda_graph_strategy == "WHOLE"
 
 
+def test_marks_take_the_time_of_calls_that_return_before_their_work_is_done(
+    opened: Open, fake: Engine, driver: Driver
+) -> None:
+    engine, given = opened(fake, cuda_graphs=False), inputs()
+    engine.run(given)
+    before = engine.mark()
+    outputs = engine.call(given)
+    behind = engine.mark()
+    assert driver.queue, "the work is still to be done"
+    assert behind.ms_since(before) > 0.5
+    assert not driver.queue
+    check(outputs, given)
+
+
 def test_results_go_on_from_where_they_are(opened: Open, fake: Engine) -> None:
     engine, given = opened(fake), inputs()
     once = engine.call(given)
