@@ -1,4 +1,4 @@
-"""The little of CUDA that engines on device memory need, by the driver's library: a stream, memory, copies, graphs, events.
+"""What engines on device memory need of CUDA, by the driver's library: a stream, memory, copies, graphs, events.
 
 The driver and not the runtime (`libcudart`): wherever a GPU works there is `libcuda`, of one name, and streams and
 memory of its primary context are those that TensorRT, ONNX Runtime and PyTorch use.
