@@ -129,6 +129,11 @@ class MicroBatcher(Generic[T, R]):
             self._refuse_unless_room(coming)
 
     @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
     def alive(self) -> bool:
         """Whether requests are taken; False once it was closed, or its worker has died."""
         return self._thread.is_alive() and not self._closing

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
@@ -16,15 +15,19 @@ from mi2rage_rt.serve.refusals import RefusedError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from mi2rage_rt.serve.admission import Admission, Place
     from mi2rage_rt.serve.auth import Token
     from mi2rage_rt.serve.service import Service
 
-__all__ = ["OPEN_PATHS", "Guard", "error_body", "error_headers"]
+__all__ = ["OPEN_PATHS", "PLACE", "Guard", "error_body", "error_headers"]
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
 """What needs no token: probes cannot keep secrets."""
+
+PLACE = "mi2rage_rt.place"
+"""In a request's state: the `Place` that a server got for it before it called the application."""
 
 _LONGEST_MESSAGE = 500
 
@@ -51,17 +54,14 @@ class Guard:
         app: what answers; it finds the whole body there already.
         service: for its limits, and whether it is being stopped.
         token: what requests must show, or None.
-        targets: model and protocol by path, of the requests that are refused before their body is read where too many
-            wait: at twice the load that a server can bear, half of its requests must cost next to nothing.
+        admission: lets in what computes.
     """
 
-    def __init__(
-        self, app: ASGIApp, service: Service, token: Token | None, targets: Mapping[str, tuple[str, str]]
-    ) -> None:
+    def __init__(self, app: ASGIApp, service: Service, token: Token | None, admission: Admission) -> None:
+        self.admission = admission
         self._app = app
         self._service = service
         self._token = token
-        self._targets = targets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -77,10 +77,12 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
+        place: Place | None = scope.get("state", {}).get(PLACE)
         try:
             self._check_head(scope)
-            self._check_room(scope)
-            body = await self._body(scope, receive)
+            if place is None:
+                place = self.admission.enter(scope["method"], scope["path"])
+            body = await self._body(scope, receive, place)
             await self._run(scope, body, receive, answer)
         except ClientDisconnect:
             return
@@ -91,6 +93,9 @@ class Guard:
             if begun:
                 raise
             await _refuse(RefusedError(500, "the server failed on this request; its log says why"), scope, answer)
+        finally:
+            if place is not None:
+                place.leave()
 
     def _check_head(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -109,22 +114,14 @@ class Guard:
         if not length.isdigit() or len(length) > 18 or int(length) > self._service.limits.max_body_bytes:
             raise self._too_large(length[:20].decode("latin-1"))
 
-    def _check_room(self, scope: Scope) -> None:
-        target = self._targets.get(scope["path"]) if scope["method"] == "POST" else None
-        if target is not None:
-            try:
-                self._service.check_room(target[0])
-            except RefusedError as refusal:
-                self._service.metrics.count(*target, refusal.status, 0.0)
-                raise
-
     def _too_large(self, size: str) -> RefusedError:
         most = self._service.limits.max_body_bytes
         return RefusedError(
             413, f"a body of {size} bytes; expected at most {most}; send less at once, or smaller images"
         )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, place: Place) -> bytes:
+        """All of it; the request holds its place from then on."""
         if scope["method"] in ("GET", "HEAD"):
             return b""
         limits = self._service.limits
@@ -140,10 +137,13 @@ class Guard:
                     if size > limits.max_body_bytes:
                         raise self._too_large(f"more than {limits.max_body_bytes}")
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        break
+                    place.leave()  # else a few slow senders would keep all others out
         except TimeoutError as error:
             message_ = f"the body was not there within {limits.body_timeout_s:.0f} s; send it faster, or less"
             raise RefusedError(408, message_) from error
+        place.enter()
+        return b"".join(parts)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, answer: Send) -> None:
         """The application's answer; given up where the client goes away, so that nothing is computed in vain."""

@@ -1,4 +1,4 @@
-"""uvicorn with bounds that it lacks: on the size of headers, and on the time that they take to come."""
+"""uvicorn with bounds that it lacks: on headers' size and time, on connections, and on requests by their first line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mi2rage_engines.errors import InputError
+from mi2rage_rt.serve.guard import OPEN_PATHS, PLACE, error_body, error_headers
 from mi2rage_rt.serve.limits import Limits
+from mi2rage_rt.serve.refusals import RefusedError
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from mi2rage_rt.serve.admission import Admission, Place
+    from mi2rage_rt.serve.guard import Guard
 
 __all__ = ["HttpServer", "listening_socket", "loop_factory"]
 
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _BACKLOG = 2048
+_SPARE_CONNECTIONS = 256
+"""Beyond the bound these are still answered, with 503, but for the probes; more are closed unheard."""
+_TOO_MANY = RefusedError(503, "too many connections are open; try again, or ask another server", 1.0)
+_REASONS = {429: "Too Many Requests", 503: "Service Unavailable"}
 _KEEP_ALIVE_S = 65
 """Longer than the 60 s of common proxies, which otherwise meet closed connections."""
 
@@ -55,17 +62,34 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvicorn.Config("", loop="auto").get_loop_factory()
 
 
-def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
+def _answer(refusal: RefusedError, *, keep: bool) -> bytes:
+    body = error_body(str(refusal))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(refusal)}
+    if not keep:
+        headers["connection"] = "close"
+    lines = [f"HTTP/1.1 {refusal.status} {_REASONS[refusal.status]}", *(f"{k}: {v}" for k, v in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def _protocol(limits: Limits, admission: Admission) -> type[HttpToolsProtocol]:
     class Bounded(HttpToolsProtocol):
-        """Closes connections whose headers grow too long, or do not come."""
+        """Closes connections whose headers grow too long, or do not come; and answers what is not let in by itself.
+
+        Such an answer costs a fifth of one that goes through the application; see `Admission`.
+        """
 
         _head_bytes = 0
         _in_body = False
+        _turned_away = False
+        _place: Place | None = None
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._start_timer()
+            if len(self.connections) > limits.max_connections + _SPARE_CONNECTIONS:
+                transport.abort()
+            else:
+                self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
@@ -79,15 +103,58 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             if self._head_bytes > limits.max_header_bytes and not self.transport.is_closing():
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
+            if self._place is not None:  # its body is still coming, and may come slowly: the guard lets it in again
+                self._place.leave()
+                self._place = None
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
             self._head_bytes, self._in_body = 0, True
-            super().on_headers_complete()
+            if self.cycle is not None and not self.cycle.response_complete:  # pipelined: it has to wait its turn
+                super().on_headers_complete()
+                return
+            path = self.url.partition(b"?")[0].decode("latin-1")
+            if len(self.connections) > limits.max_connections and path not in OPEN_PATHS:
+                self._turn_away(_TOO_MANY, keep=False)
+                return
+            try:
+                place = admission.enter(self.parser.get_method().decode("ascii"), path)
+            except RefusedError as refusal:
+                self._turn_away(refusal, keep=not admission.service.draining)
+                return
+            self.scope["state"][PLACE] = self._place = place
+            try:
+                super().on_headers_complete()
+            except BaseException:
+                place.leave()
+                raise
+
+        def on_body(self, body: bytes) -> None:
+            if not self._turned_away:
+                super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self._in_body = False
-            super().on_message_complete()
+            self._in_body, self._place = False, None
+            if not self._turned_away:
+                super().on_message_complete()
+                return
+            self._turned_away = False
+            self._stop_timer()
+            if not self.transport.is_closing():
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+        def _turn_away(self, refusal: RefusedError, *, keep: bool) -> None:
+            """Answer at once. The connection is kept, if it may be, where the request says how long its body is."""
+            known = any(name == b"content-length" for name, _ in self.headers)
+            keep = keep and known and not self.expect_100_continue and self.parser.should_keep_alive()
+            self._turned_away = True
+            self.transport.write(_answer(refusal, keep=keep))
+            if keep:
+                self._start_timer()  # for the rest of the body, which is not read by anyone
+            else:
+                self.transport.close()
 
         def _start_timer(self) -> None:
             if self._timer is None:
@@ -110,13 +177,13 @@ class HttpServer(uvicorn.Server):
     """Serves an application on a socket, until `should_exit`; signals are the caller's.
 
     Args:
-        app: the application.
+        app: the application, which says who comes in.
         limits: of headers and connections.
         grace_s: how long requests may still run at the end.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, grace_s: float) -> None:
-        protocol: Any = _protocol(limits)
+    def __init__(self, app: Guard, limits: Limits, grace_s: float) -> None:
+        protocol: Any = _protocol(limits, app.admission)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -127,7 +194,6 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=limits.max_connections,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(grace_s)),
             )

@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
 
 from mi2rage_rt import __version__
 from mi2rage_rt.classifier import softmax
 from mi2rage_rt.serve import http_form, plain
 from mi2rage_rt.serve import protocol_v2 as v2
+from mi2rage_rt.serve.admission import Admission
 from mi2rage_rt.serve.auth import Token
 from mi2rage_rt.serve.guard import Guard, error_body, error_headers
 from mi2rage_rt.serve.metrics import CONTENT_TYPE
@@ -42,7 +42,7 @@ _JSON_BYTES = "inference-header-content-length"
 _TIMEOUT = "x-timeout-ms"
 
 
-def make_app(service: Service, token: Token | None) -> ASGIApp:
+def make_app(service: Service, token: Token | None) -> Guard:
     """The application: the routes, behind their guard.
 
     Args:
@@ -58,7 +58,7 @@ def make_app(service: Service, token: Token | None) -> ASGIApp:
     _add_state(routes, service)
     app = Starlette(routes=routes.served(), exception_handlers={RefusedError: _refused, HTTPException: _no_route})
     app.router.redirect_slashes = False
-    return Guard(app, service, token, _targets(service))
+    return Guard(app, service, token, Admission(service, _targets(service)))
 
 
 def _targets(service: Service) -> dict[str, tuple[str, str]]:

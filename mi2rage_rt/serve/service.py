@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 _STARTING_RETRY_S = 2.0
 _WATCH_EVERY_S = 1.0
+_AT_WORK = 2
+"""Full batches: one that is being computed, and one whose answers are on their way."""
 
 
 class Service:
@@ -198,8 +200,14 @@ class Service:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def check_room(self, model: str, rows: int = 1) -> None:
+    def check_room(self, model: str, rows: int = 1, inside: int = 0) -> None:
         """Refuse at once what would not be taken, before it is read or decoded.
+
+        Args:
+            model: the one asked.
+            rows: of the request.
+            inside: requests for the model that were let in and have no answer yet, where somebody counts them. Those
+                beyond what waits, runs, and is being sent back count as waiting.
 
         Raises:
             RefusedError: 404 unknown, 503 not ready, 429 too many wait, 400 where so many never fit.
@@ -216,8 +224,9 @@ class Service:
                 400,
                 f"{rows} rows: expected at most {batcher.options.max_queue}, as many as may wait; send fewer at once",
             )
+        coming = max(0, inside - batcher.queued - _AT_WORK * batcher.options.max_batch)
         try:
-            batcher.check_room(rows - 1)
+            batcher.check_room(coming + rows - 1)
         except Exception as error:
             raise refusal_from_error(error) from error
 
