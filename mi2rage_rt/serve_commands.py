@@ -38,6 +38,9 @@ def serve(
         int, typer.Option(min=1, help="Of an image that is made; the model's own size is always allowed.")
     ] = 2**20,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 100,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="HTTP connections, and gRPC calls, at once; more get 503, but for the probes.")
+    ] = 4096,
     drain_s: Annotated[
         float, typer.Option(min=0, help="After SIGTERM, how long requests are still taken while readiness says no.")
     ] = 1.0,
@@ -72,6 +75,7 @@ def serve(
         max_pixels=max_pixels,
         max_made_pixels=max_made_pixels,
         max_steps=max_steps,
+        max_connections=max_connections,
         max_timeout_ms=timeout_s * 1e3,
     )
     what = ServiceOptions(

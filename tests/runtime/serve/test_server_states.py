@@ -9,9 +9,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from mi2rage_rt.serve.admission import Admission
+from mi2rage_rt.serve.refusals import RefusedError
+from mi2rage_rt.serve.service import Service
 from tests.runtime.serve.conftest import TOKEN
 from tests.runtime.serve.process import Reply, ServerProcess
 
@@ -73,6 +78,87 @@ def test_a_refused_client_keeps_its_connection(bundle_folder: Path) -> None:
             {"name": "tail", "shape": [2, 2], "datatype": "INT32", "data": [[0, 1], [0, 1]]},
         ]})  # fmt: skip
         assert two.status == 400 and "at most 1" in two.document["error"]  # so many never fit
+
+
+def test_requests_are_counted_from_their_headers_on() -> None:
+    """What was let in and has not reached the queue yet counts too."""
+    counted: list[tuple[str, str, int, float]] = []
+
+    def check_room(model: str, inside: int) -> None:
+        if inside >= 2:
+            raise RefusedError(429, f"{inside} wait", 1.0)
+
+    service = SimpleNamespace(
+        check_room=check_room, metrics=SimpleNamespace(count=lambda *counts: counted.append(counts))
+    )
+    admission = Admission(cast(Service, service), {"/v1/relations": ("classifier", "json")})
+    places = [admission.enter("POST", "/v1/relations") for _ in range(2)]
+    for method, path in (("GET", "/v1/relations"), ("POST", "/v1/other")):
+        admission.enter(method, path).leave()
+    with pytest.raises(RefusedError, match="2 wait"):
+        admission.enter("POST", "/v1/relations")
+    assert counted == [("classifier", "json", 429, 0.0)]
+    places[0].enter()  # it is inside already
+    places[0].leave()
+    places[0].leave()
+    assert admission.inside["classifier"] == 1
+    third = admission.enter("POST", "/v1/relations")
+    with pytest.raises(RefusedError):
+        places[0].enter()
+    third.leave()
+    places[1].leave()
+    assert admission.inside["classifier"] == 0
+
+
+HEAD = b"POST /v1/relations HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+
+
+def test_slow_bodies_keep_nobody_out(bundle_folder: Path) -> None:
+    options = ("--models", "classifier", "--max-batch", "1", "--max-queue", "1", "--max-wait-ms", "0")
+    with ServerProcess(bundle_folder, *options, grpc=False) as server:
+        slow = [socket.create_connection(("127.0.0.1", server.http_port), 60) for _ in range(12)]
+        for number, connection in enumerate(slow):
+            connection.sendall(HEAD + b"{" * (number % 2))  # more than may be inside, none with its whole body
+        time.sleep(0.3)
+        assert server.relation(*SENTENCE).status == 200
+        for connection in slow:
+            connection.close()
+        assert server.relation(*SENTENCE).status == 200
+
+
+def test_pipelined_requests_are_answered_in_their_order_or_turned_away(bundle_folder: Path) -> None:
+    options = ("--models", "classifier", "--max-batch", "1", "--max-queue", "1", "--max-wait-ms", "0")
+    with ServerProcess(bundle_folder, *options, delay_s=0.5, grpc=False) as server:
+        body = json.dumps({"tokens": list(SENTENCE), "head": [0, 1], "tail": [2, 3]}).encode()
+        head = f"POST /v1/relations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", server.http_port), 60) as connection:
+            connection.sendall((head + body) * 3 + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            found = b""
+            while found.count(b"HTTP/1.1") < 4 or not found.endswith(b"}"):
+                part = connection.recv(65536)
+                assert part, found
+                found += part
+        statuses = [int(line[:3]) for line in found.split(b"HTTP/1.1 ")[1:]]
+        assert statuses == [200, 200, 200, 200]
+        assert found.endswith(b'{"live":true}')
+
+
+def test_too_many_connections_are_told_so_and_probes_are_answered(bundle_folder: Path) -> None:
+    with ServerProcess(bundle_folder, "--models", "classifier", "--max-connections", "4", grpc=False) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.http_port), 60) for _ in range(4)]
+        time.sleep(0.3)
+        reply = server.relation(*SENTENCE)
+        assert reply.status == 503 and reply.headers["Retry-After"] == "1" and reply.headers["Connection"] == "close"
+        assert "too many connections" in reply.document["error"]
+        assert server.ask("/v2/health/live").status == server.ask("/v2/health/ready").status == 200
+        idle += [socket.create_connection(("127.0.0.1", server.http_port), 60) for _ in range(256)]
+        time.sleep(0.3)
+        with pytest.raises(OSError):  # closed unheard: files are not endless
+            server.ask("/v2/health/live")
+        for connection in idle:
+            connection.close()
+        time.sleep(0.3)
+        assert server.relation(*SENTENCE).status == 200
 
 
 def test_a_bad_request_fails_alone_in_its_batch(bundle_folder: Path) -> None:
