@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as services
 
@@ -70,7 +71,15 @@ class _Servicer(services.GRPCInferenceServiceServicer):  # type: ignore[misc]
             self._check_model(request.model_name, request.model_version)
             return await self._infer(request, timeout_ms)
 
-        return await self._told(context, lambda: self._service.answer(request.model_name, "grpc", work))
+        return await self._told(context, lambda: self._answer(request.model_name, work))
+
+    async def _answer(self, model: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        place = self._service.admission.enter(model, "grpc") if model in self._service.models else None
+        try:
+            return await self._service.answer(model, "grpc", work)
+        finally:
+            if place is not None:
+                place.leave()
 
     async def _told(self, context: Any, work: Callable[[], Awaitable[Any]]) -> Any:
         """The work's result; what goes wrong becomes a status."""
@@ -185,6 +194,29 @@ class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return self._refusing
 
 
+class _MessageCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses bytes that are no message; gRPC itself would call that UNKNOWN, and log a trace."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        def read(content: bytes) -> Any:
+            try:
+                return handler.request_deserializer(content)
+            except DecodeError as error:
+                return error
+
+        async def answer(request: Any, context: Any) -> Any:
+            if isinstance(request, DecodeError):
+                wanted = "expected a message of the Open Inference Protocol V2; see whether the client's version fits"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no message; {wanted}")
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)
+
+
 class GrpcServer:
     """The service on one port.
 
@@ -196,7 +228,7 @@ class GrpcServer:
     def __init__(self, service: Service, token: Token | None) -> None:
         limits = service.limits
         self._server = grpc.aio.server(
-            interceptors=() if token is None else (_TokenCheck(token),),
+            interceptors=(*(() if token is None else (_TokenCheck(token),)), _MessageCheck()),
             options=(
                 ("grpc.max_receive_message_length", limits.max_body_bytes),
                 ("grpc.max_send_message_length", -1),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
@@ -15,7 +16,7 @@ from mi2rage_rt.serve.refusals import RefusedError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from mi2rage_rt.serve.admission import Admission, Place
+    from mi2rage_rt.serve.admission import Place
     from mi2rage_rt.serve.auth import Token
     from mi2rage_rt.serve.service import Service
 
@@ -54,14 +55,21 @@ class Guard:
         app: what answers; it finds the whole body there already.
         service: for its limits, and whether it is being stopped.
         token: what requests must show, or None.
-        admission: lets in what computes.
+        targets: model and protocol by path, of all requests that compute.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, token: Token | None, admission: Admission) -> None:
-        self.admission = admission
+    def __init__(
+        self, app: ASGIApp, service: Service, token: Token | None, targets: Mapping[str, tuple[str, str]]
+    ) -> None:
         self._app = app
         self._service = service
         self._token = token
+        self._targets = targets
+
+    def enter(self, method: str, path: str) -> Place | None:
+        """Let a request in by its first line; None where it computes nothing. Raises what `Admission.enter` does."""
+        target = self._targets.get(path) if method == "POST" else None
+        return None if target is None else self._service.admission.enter(*target)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -81,7 +89,7 @@ class Guard:
         try:
             self._check_head(scope)
             if place is None:
-                place = self.admission.enter(scope["method"], scope["path"])
+                place = self.enter(scope["method"], scope["path"])
             body = await self._body(scope, receive, place)
             await self._run(scope, body, receive, answer)
         except ClientDisconnect:
@@ -120,7 +128,7 @@ class Guard:
             413, f"a body of {size} bytes; expected at most {most}; send less at once, or smaller images"
         )
 
-    async def _body(self, scope: Scope, receive: Receive, place: Place) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, place: Place | None) -> bytes:
         """All of it; the request holds its place from then on."""
         if scope["method"] in ("GET", "HEAD"):
             return b""
@@ -138,11 +146,13 @@ class Guard:
                         raise self._too_large(f"more than {limits.max_body_bytes}")
                     if not message.get("more_body"):
                         break
-                    place.leave()  # else a few slow senders would keep all others out
+                    if place is not None:
+                        place.leave()  # else a few slow senders would keep all others out
         except TimeoutError as error:
             message_ = f"the body was not there within {limits.body_timeout_s:.0f} s; send it faster, or less"
             raise RefusedError(408, message_) from error
-        place.enter()
+        if place is not None:
+            place.enter()
         return b"".join(parts)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, answer: Send) -> None:

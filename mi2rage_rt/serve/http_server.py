@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -13,12 +14,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mi2rage_engines.errors import InputError
 from mi2rage_rt.serve.guard import OPEN_PATHS, PLACE, error_body, error_headers
-from mi2rage_rt.serve.limits import Limits
 from mi2rage_rt.serve.refusals import RefusedError
 
 if TYPE_CHECKING:
-    from mi2rage_rt.serve.admission import Admission, Place
+    from mi2rage_rt.serve.admission import Place
     from mi2rage_rt.serve.guard import Guard
+    from mi2rage_rt.serve.service import Service
 
 __all__ = ["HttpServer", "listening_socket", "loop_factory"]
 
@@ -27,7 +28,6 @@ _BACKLOG = 2048
 _SPARE_CONNECTIONS = 256
 """Beyond the bound these are still answered, with 503, but for the probes; more are closed unheard."""
 _TOO_MANY = RefusedError(503, "too many connections are open; try again, or ask another server", 1.0)
-_REASONS = {429: "Too Many Requests", 503: "Service Unavailable"}
 _KEEP_ALIVE_S = 65
 """Longer than the 60 s of common proxies, which otherwise meet closed connections."""
 
@@ -67,15 +67,20 @@ def _answer(refusal: RefusedError, *, keep: bool) -> bytes:
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(refusal)}
     if not keep:
         headers["connection"] = "close"
-    lines = [f"HTTP/1.1 {refusal.status} {_REASONS[refusal.status]}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [
+        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def _protocol(limits: Limits, admission: Admission) -> type[HttpToolsProtocol]:
+def _protocol(service: Service, enter: Callable[[str, str], Place | None]) -> type[HttpToolsProtocol]:
+    limits = service.limits
+
     class Bounded(HttpToolsProtocol):
         """Closes connections whose headers grow too long, or do not come; and answers what is not let in by itself.
 
-        Such an answer costs a fifth of one that goes through the application; see `Admission`.
+        Such an answer costs a fraction of one that goes through the application; see `Admission`.
         """
 
         _head_bytes = 0
@@ -109,6 +114,7 @@ def _protocol(limits: Limits, admission: Admission) -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
+            self._unset_keepalive_if_required()
             self._head_bytes, self._in_body = 0, True
             if self.cycle is not None and not self.cycle.response_complete:  # pipelined: it has to wait its turn
                 super().on_headers_complete()
@@ -118,15 +124,16 @@ def _protocol(limits: Limits, admission: Admission) -> type[HttpToolsProtocol]:
                 self._turn_away(_TOO_MANY, keep=False)
                 return
             try:
-                place = admission.enter(self.parser.get_method().decode("ascii"), path)
+                place = enter(self.parser.get_method().decode("ascii"), path)
             except RefusedError as refusal:
-                self._turn_away(refusal, keep=not admission.service.draining)
+                self._turn_away(refusal, keep=not service.draining)
                 return
             self.scope["state"][PLACE] = self._place = place
             try:
                 super().on_headers_complete()
             except BaseException:
-                place.leave()
+                if place is not None:
+                    place.leave()
                 raise
 
         def on_body(self, body: bytes) -> None:
@@ -178,12 +185,12 @@ class HttpServer(uvicorn.Server):
 
     Args:
         app: the application, which says who comes in.
-        limits: of headers and connections.
+        service: for its limits, and whether it is being stopped.
         grace_s: how long requests may still run at the end.
     """
 
-    def __init__(self, app: Guard, limits: Limits, grace_s: float) -> None:
-        protocol: Any = _protocol(limits, app.admission)
+    def __init__(self, app: Guard, service: Service, grace_s: float) -> None:
+        protocol: Any = _protocol(service, app.enter)
         super().__init__(
             uvicorn.Config(
                 app,

@@ -116,7 +116,7 @@ class _Server:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         service, options = self._service, self._options
-        http = HttpServer(make_app(service, options.token), service.limits, options.grace_s)
+        http = HttpServer(make_app(service, options.token), service, options.grace_s)
         serving = asyncio.create_task(http.serve([self._listener]))
         grpc: Any = None
         try:

@@ -15,7 +15,6 @@ from mi2rage_rt import __version__
 from mi2rage_rt.classifier import softmax
 from mi2rage_rt.serve import http_form, plain
 from mi2rage_rt.serve import protocol_v2 as v2
-from mi2rage_rt.serve.admission import Admission
 from mi2rage_rt.serve.auth import Token
 from mi2rage_rt.serve.guard import Guard, error_body, error_headers
 from mi2rage_rt.serve.metrics import CONTENT_TYPE
@@ -58,7 +57,7 @@ def make_app(service: Service, token: Token | None) -> Guard:
     _add_state(routes, service)
     app = Starlette(routes=routes.served(), exception_handlers={RefusedError: _refused, HTTPException: _no_route})
     app.router.redirect_slashes = False
-    return Guard(app, service, token, Admission(service, _targets(service)))
+    return Guard(app, service, token, _targets(service))
 
 
 def _targets(service: Service) -> dict[str, tuple[str, str]]:
@@ -122,7 +121,8 @@ def _add_state(routes: Routes, service: Service) -> None:
 
     routes.add("GET", "/v2/health/live", live, "Whether every model works; needs no token", READ)
     routes.add("GET", "/v2/health/ready", ready, "Whether every model takes requests; needs no token", READ)
-    routes.add("GET", "/v2", server, "The server's name, version and extensions", READ)
+    for path in ("/v2", "/v2/"):  # the protocol's text has the one, its OpenAPI page the other
+        routes.add("GET", path, server, "The server's name, version and extensions", READ)
     routes.add("GET", "/metrics", metrics, "Metrics for Prometheus", READ, content_types=("text/plain",))
     for path in _model_paths():
         routes.add("GET", f"{path}/ready", model_ready, "Whether a model takes requests", READ_MODEL)

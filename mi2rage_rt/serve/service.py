@@ -20,6 +20,7 @@ from mi2rage_rt.captioner import CaptionOptions
 from mi2rage_rt.generator import GenerateOptions
 from mi2rage_rt.images import encode_image
 from mi2rage_rt.samples import Sample, Span
+from mi2rage_rt.serve.admission import Admission
 from mi2rage_rt.serve.metrics import Metrics
 from mi2rage_rt.serve.options import ServiceOptions
 from mi2rage_rt.serve.refusals import RefusedError, refusal_from_error
@@ -49,6 +50,7 @@ class Service:
     Attributes:
         classifier, captioner, generator: None where they are not served, or not loaded yet.
         batchers: theirs, by model.
+        admission: counts the requests inside.
         draining: the server is being stopped; requests are answered, and readiness says no.
 
     Raises:
@@ -65,6 +67,7 @@ class Service:
         self.options = options
         self.limits = options.limits
         self.metrics = Metrics(self)
+        self.admission = Admission(self)
         self.classifier: BatchedClassifier | None = None
         self.captioner: BatchedCaptioner | None = None
         self.generator: BatchedGenerator | None = None

@@ -1,8 +1,8 @@
 """Malformed requests by the hundred thousand: `python -m tests.runtime.serve.fuzz BUNDLE [--cases 100000] [--seed 0]`.
 
-Valid requests of every route are damaged by a seeded generator and sent over connections that are kept. The server must
-answer each with a documented status below 500, stay live, and end with about the memory that it had after the first
-tenth. Prints one JSON document.
+Valid requests of every route are damaged by a seeded generator and sent over connections that are kept; with `--grpc`
+messages of protocol V2 over gRPC. The server must answer each with a documented status that is no fault of its own,
+stay live, and end with about the memory that it had after the first tenth. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import random
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,15 +223,102 @@ def fuzz(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
     }
 
 
+def grpc_case(rng: random.Random) -> Any:
+    """A message `ModelInferRequest`, some of it wrong."""
+    from tritonclient.grpc import service_pb2 as messages  # KServe's are of the same names: one process has either
+
+    path, _, document, raw = protocol_case(rng)
+    names = {"tokens": "BYTES", "image": "BYTES", "prefix": "BYTES", "prompt": "BYTES", "seed": "UINT64"}
+    request = messages.ModelInferRequest(model_name=path.split("/")[3], id=document["id"])
+    for name, content in raw.items():
+        tensor = request.inputs.add(name=name, datatype=names.get(name, "INT32"))
+        tensor.shape.extend([1, 2] if name in ("head", "tail") else [1, 1])
+        request.raw_input_contents.append(damaged(rng, content) if rng.random() < 0.3 else content)
+    for _ in range(rng.choice([0, 0, 1, 3])):
+        spoil_message(rng, request)
+    return request
+
+
+def spoil_message(rng: random.Random, request: Any) -> None:
+    """Change one thing in a message."""
+    tensor, raws = rng.choice(request.inputs), request.raw_input_contents
+
+    def parameter() -> None:
+        value = request.parameters[rng.choice(["steps", "height", "beams", "timeout_ms", "guidance_scale", "x"])]
+        if rng.random() < 0.5:
+            value.int64_param = rng.choice([-1, 0, 1, 2**40])
+        elif rng.random() < 0.8:
+            value.string_param = rng.choice(["1", "nan", "1e400", "", "x"])
+
+    def numbers() -> None:
+        del raws[:]
+        tensor.contents.int_contents.extend([rng.choice([-1, 0, 2**31 - 1])] * rng.randint(0, 3))
+
+    shapes: list[list[int]] = [[], [0], [-1, 1], [2**62, 2], [1], [1, 1, 1], [2, 1]]
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(tensor, "name", rng.choice(["", "file", "x" * 300, "head"])),
+        lambda: setattr(tensor, "datatype", rng.choice(["", "FP32", "INT32", "BYTES", "BOOL", "x"])),
+        lambda: tensor.shape.__setitem__(slice(None), rng.choice(shapes)),
+        lambda: raws.pop() if raws else None,
+        lambda: tensor.contents.bytes_contents.extend([rng.randbytes(rng.randint(0, 9))] * rng.randint(1, 3)),
+        lambda: request.outputs.add(name=rng.choice(["", "caption", "logits", "x"])),
+        lambda: setattr(request, "model_name", rng.choice(["", "x" * 300, "classifier", "captioner"])),
+        numbers,
+        parameter,
+    ]
+    rng.choice(changes)()
+
+
+def fuzz_grpc(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
+    """Send the cases, one in ten as bytes that are no message any more; what came back, by status.
+
+    Raises:
+        AssertionError: a fault of the server's own, no answer, or the server is not live.
+    """
+    import grpc
+
+    rng = random.Random(seed)
+    statuses: collections.Counter[str] = collections.Counter()
+    memory: list[float] = []
+    began_s = time.monotonic()
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for number in range(cases):
+            request = grpc_case(rng)
+            content = request.SerializeToString()
+            if rng.random() < 0.1:
+                content = damaged(rng, content)
+            try:
+                infer(content, timeout=60)
+                status, words = "OK", ""
+            except grpc.RpcError as error:
+                status, words = error.code().name, str(error.details())
+            statuses[status] += 1
+            own_fault = status in ("INTERNAL", "UNKNOWN", "UNAVAILABLE", "UNIMPLEMENTED")
+            assert not own_fault and "Traceback" not in words, (number, status, words, content[:2000])
+            if number % max(1, cases // 20) == 0:
+                memory.append(server.metric("process_resident_memory_bytes") / 2**20)
+    assert server.ask("/v2/health/live").status == 200 and server.ask("/v2/health/ready").status == 200
+    return {
+        "cases": cases,
+        "seed": seed,
+        "statuses": dict(sorted(statuses.items())),
+        "memory_mb": [round(value, 1) for value in memory],
+        "seconds": round(time.monotonic() - began_s, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grpc", action="store_true", help="over gRPC")
     given = parser.parse_args()
-    with ServerProcess(given.bundle, "--max-body-mb", "1", "--max-wait-ms", "0", grpc=False) as server:
+    send = fuzz_grpc if given.grpc else fuzz
+    with ServerProcess(given.bundle, "--max-body-mb", "1", "--max-wait-ms", "0", grpc=given.grpc) as server:
         try:
-            print(json.dumps(fuzz(server, given.cases, given.seed), indent=2))
+            print(json.dumps(send(server, given.cases, given.seed), indent=2))
         except Exception:
             server.terminate()
             print(server.output()[-4000:])
