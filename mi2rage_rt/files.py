@@ -59,10 +59,16 @@ def check_absent(path: Path, *, force: bool = False) -> None:
     """Refuse early what `atomic_folder` would refuse.
 
     Raises:
-        InputError: `path` is a file, or a folder that is not empty and `force` is off.
+        InputError: `path` is a file, a folder that cannot be replaced, or not empty and `force` is off.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; expected the name of a folder to write")
+    here, place = Path.cwd(), path.resolve()
+    if place == here or place in here.parents or os.path.ismount(place):
+        raise InputError(
+            f"{path}: is the current folder, one around it, or a mount point; expected a folder that can be replaced "
+            "as a whole; give the name of one inside it"
+        )
     if path.is_dir() and any(path.iterdir()) and not force:
         raise InputError(f"{path}: exists and is not empty; give another folder, or --force to replace it")
 

@@ -207,7 +207,8 @@ class RuntimeGenerator:
     def _plan(self, options: GenerateOptions) -> _Plan:
         spec = self.spec
         sizes: list[int] = []
-        for name, pixels in (("height", options.height or spec.height), ("width", options.width or spec.width)):
+        for name, asked in (("height", options.height), ("width", options.width)):
+            pixels = getattr(spec, name) if asked is None else asked
             unit = spec.latents.downsampling * spec.latents.multiple
             if pixels <= 0 or pixels % unit:
                 raise InputError(f"{name} {pixels}: expected a positive multiple of {unit}, e.g. {getattr(spec, name)}")

@@ -64,7 +64,7 @@ def read_prompts(path: Path) -> list[str]:
         DataError: the file cannot be read or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected a UTF-8 text file, one prompt a line") from error
     prompts = [line.strip() for line in lines if line.strip()]

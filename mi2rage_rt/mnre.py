@@ -52,7 +52,7 @@ def row_from_line(line: str) -> MnreRow:
     """
     try:
         row = ast.literal_eval(line.strip())
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"not an MNRE row: expected a Python dict literal or a JSON object, got {line.strip()[:60]!r}"
         ) from error

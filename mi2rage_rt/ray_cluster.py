@@ -18,6 +18,14 @@ _OBJECT_STORE_BYTES = 256 * 1024**2
 """Of a local cluster; items and results are small."""
 
 
+_LEAST_SHARE = 0.0001
+"""The finest part that Ray counts with."""
+
+
+def _is_no_share(gpus: float) -> bool:
+    return 0 < gpus < _LEAST_SHARE or (gpus > 1 and gpus % 1 != 0)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolOptions:
     """Where the workers are, and what each has.
@@ -49,8 +57,15 @@ class PoolOptions:
                 f"GPUs per worker: came {self.gpus_per_worker}; expected 0 (a CPU), a part of 1 (a GPU is shared), or "
                 "whole ones"
             )
-        if self.cpus_per_worker <= 0:
-            raise InputError(f"CPUs per worker: came {self.cpus_per_worker}; expected a number above 0, e.g. 1")
+        if self.gpus_per_worker is not None and _is_no_share(self.gpus_per_worker):
+            raise InputError(
+                f"GPUs per worker: came {self.gpus_per_worker}; expected 0, a part of 1 down to {_LEAST_SHARE}, or "
+                "whole ones, which is what Ray gives out"
+            )
+        if not self.cpus_per_worker >= _LEAST_SHARE:
+            raise InputError(
+                f"CPUs per worker: came {self.cpus_per_worker}; expected a number from {_LEAST_SHARE} on, e.g. 1"
+            )
         if self.tries < 1:
             raise InputError(f"tries: came {self.tries}; expected 1 or more")
 
@@ -111,8 +126,13 @@ def gpus_each(options: PoolOptions, ray: Any) -> float:
 def room(options: PoolOptions, ray: Any, gpus: float) -> int:
     """How many workers of so many GPUs each a cluster has room for now, at least 1."""
     has = ray.cluster_resources()
-    workers = has.get("CPU", 0.0) // options.cpus_per_worker
+    workers = _whole(has.get("CPU", 0.0) / options.cpus_per_worker)
     if gpus:
         there = has.get("GPU", 0.0)
-        workers = min(workers, there // gpus if gpus >= 1 else there * (1 // gpus))
-    return max(1, int(workers))
+        workers = min(workers, _whole(there / gpus) if gpus >= 1 else int(there) * _whole(1 / gpus))
+    return max(1, workers)
+
+
+def _whole(share: float) -> int:
+    """How many fit; 1 / 0.2 is 5, whatever binary fractions make of it."""
+    return math.floor(share + 1e-6)

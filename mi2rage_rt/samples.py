@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def _sample_from_mnre(line: str, number: int) -> Sample:
 
 def _rows(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a mark
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
@@ -162,6 +163,9 @@ def _rows(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); expected a file of samples, JSONL or MNRE"
         ) from error
+
+
+_JSON_START = re.compile(r'\s*\{\s*"')
 
 
 def read_samples(path: Path | str, *, skip_bad: bool = False, bad_rows: list[BadRow] | None = None) -> list[Sample]:
@@ -181,7 +185,7 @@ def read_samples(path: Path | str, *, skip_bad: bool = False, bad_rows: list[Bad
     seen: dict[str, int] = {}
     for number, line in _rows(path):
         try:
-            is_json = line.lstrip().startswith('{"')
+            is_json = _JSON_START.match(line) is not None
             sample = _sample_from_json(line) if is_json else _sample_from_mnre(line, number)
             if sample.id in seen:
                 raise ValueError(f"id {sample.id!r} stands in line {seen[sample.id]} already; ids must be unique")

@@ -32,7 +32,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait, per model; more get 429.")] = 128,
     timeout_s: Annotated[float, typer.Option(min=0.001, help="How long a request may wait for its turn.")] = 60.0,
     stall_s: Annotated[float, typer.Option(min=1, help="A batch that takes longer makes the server not live.")] = 300.0,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Of a request.")] = 16.0,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, max=2047, help="Of a request.")] = 16.0,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of an image that is sent.")] = 24_000_000,
     max_made_pixels: Annotated[
         int, typer.Option(min=1, help="Of an image that is made; the model's own size is always allowed.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +87,7 @@ class _Classifier(Loop):
         rows.checked_parameters(self.name, parameters)
         files = _files(inputs, "image", len(inputs["tokens"]))
         found = [
-            rows.relation_row(_words(text), head.tolist(), tail.tolist(), file, self.limits)
+            rows.relation_row(rows.words_from_json(text), head.tolist(), tail.tolist(), file, self.limits)
             for text, head, tail, file in zip(
                 _texts(inputs, "tokens"), inputs["head"], inputs["tail"], files, strict=True
             )
@@ -178,16 +177,6 @@ def _files(inputs: Mapping[str, Array], name: str, count: int) -> list[bytes | N
 
 def _seeds(inputs: Mapping[str, Array]) -> list[int]:
     return [int(seed) for seed in inputs["seed"].reshape(-1).tolist()]
-
-
-def _words(text: str) -> list[str]:
-    try:
-        words = json.loads(text)
-    except (ValueError, RecursionError):
-        words = None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise DataError(f'tokens {text[:60]!r}: expected a JSON list of words, e.g. ["Tim", "leads", "Apple"]')
-    return words
 
 
 def open_loop(served: ServedComponent, engines: Mapping[str, Engine], folder: Path, batch_size: int) -> Loop:

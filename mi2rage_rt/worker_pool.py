@@ -77,6 +77,9 @@ class _Worker:
         """Apart from `__init__`, whose errors Ray would report in its own words."""
         self._held = self._begin()
 
+    def ping(self) -> None:
+        """Show that it lives."""
+
     def run(self, call: Callable[..., Any], *items: Any) -> Any:
         return call(self._held, *items)
 
@@ -111,14 +114,21 @@ class WorkerPool:
         self._took_s: deque[float] = deque(maxlen=101)
 
     def __enter__(self) -> WorkerPool:
-        for _ in range(self._most):
-            self._start()
+        try:
+            for _ in range(self._most):
+                self._start()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """No process is left behind; what a worker had in the making is given up."""
+        self._leave()
+
+    def _leave(self) -> None:
         try:
             for worker in list(self._workers):
                 self._end(worker)
@@ -221,6 +231,9 @@ class WorkerPool:
             job.deaths += 1
             logger.info("a worker died; another takes its place")
             self._replace(worker)
+            # Its machine may have gone: idle workers show that they live before they are given anything.
+            self._starting |= {idle.ping.remote(): idle for idle in self._idle}
+            self._idle.clear()
         else:
             self._idle.append(worker)
             self._took_s.append(time.monotonic() - job.begun_s)

@@ -94,6 +94,8 @@ class BenchRequest:
         for name, value in numbers.items():
             if value < 1:
                 raise InputError(f"{name}: {value} is too small; expected 1 or more")
+        if self.seed < 0:
+            raise InputError(f"seed: came {self.seed}; expected 0 or more; give such a number")
         if self.budget_seconds is not None and not 0 < self.budget_seconds < float("inf"):
             raise InputError(f"budget: {self.budget_seconds} s is no time to measure in; expected seconds above 0")
 
@@ -260,7 +262,15 @@ def _sizes(subject: Subject, request: BenchRequest) -> tuple[int, ...]:
 
 
 def _task(side: BundleSide, request: BenchRequest) -> MemoryTask:
-    return MemoryTask(kind="peak", bundle=str(side.folder), options=request.options, threads=request.threads)
+    return MemoryTask(
+        kind="peak",
+        bundle=str(side.folder),
+        options=request.options,
+        threads=request.threads,
+        backend=side.backend,
+        device=request.device,
+        precision=request.precision,
+    )
 
 
 def _memory(

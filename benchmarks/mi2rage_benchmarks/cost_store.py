@@ -60,13 +60,19 @@ def figures_of_store(folder: Path) -> CostFigures:
         origin=f"the times of the files of {folder}",
         device="not recorded in the store",
         chain=_chain(manifest),
-        texts=int(manifest.settings["samples"]),
+        texts=_texts(manifest),
         candidates=manifest.rows,
         fill_s=max(0.0, gaps[0] - pace * held[0]) if first and gaps[0] <= _PAUSE * usual else 0.0,
         shards_s=tuple(gap for gap, _ in kept),
         shards_candidates=tuple(rows for _, rows in kept),
         pauses=sum(gap > _PAUSE * usual for gap in gaps),
     )
+
+
+def _texts(manifest: StoreManifest) -> int:
+    """Of the shards that are there: a budget ends a store before the last."""
+    settings = manifest.settings
+    return min(int(settings["samples"]), len(manifest.shards) * int(settings["chain"]["shard_size"]))
 
 
 def _chain(manifest: StoreManifest) -> dict[str, object]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mi2rage_benchmarks.baselines import TorchPlace, TorchPrecision, load_baselines, lowered
 from mi2rage_benchmarks.report import EAGER, MemoryRow, Soak
 from mi2rage_benchmarks.subjects import SUBJECTS
 from mi2rage_benchmarks.whole_calls import pictures, sentences
@@ -35,6 +36,7 @@ class MemoryTask(BaseModel):
         bundle: the side, or what PyTorch's inputs are taken from.
         sources: of PyTorch's models by role; None runs the bundle.
         work: which of the subject's works at this batch size.
+        backend: what runs the bundle. device, precision: of PyTorch, see `TorchPlace`.
         requests: of a soak.
     """
 
@@ -48,6 +50,9 @@ class MemoryTask(BaseModel):
     work: int = 0
     options: WorkOptions = WorkOptions()
     threads: int | None = None
+    backend: str = "ort-cpu"
+    device: str = "cpu"
+    precision: TorchPrecision = "fp32"
     requests: int = 0
 
 
@@ -110,7 +115,7 @@ def _peak(task: MemoryTask) -> dict[str, Any]:
     from mi2rage_benchmarks.sides import BundleSide
     from mi2rage_rt.memory_use import ProcessMemory
 
-    side = BundleSide(Path(task.bundle), task.threads)
+    side = BundleSide(Path(task.bundle), task.threads, task.backend)
     subject = SUBJECTS[task.subject]
     work = subject.works(side, task.batch_size, task.options)[task.work]
     largest = None
@@ -120,9 +125,8 @@ def _peak(task: MemoryTask) -> dict[str, Any]:
         weights = side.weights_bytes(work.graphs(side.manifest))
         call = work.on_bundle(side)[""]
     else:
-        from mi2rage_benchmarks.baselines import load_baselines
-
-        models = load_baselines(work.roles, task.sources, side.manifest)
+        place = TorchPlace(task.device, task.precision)
+        models = lowered(load_baselines(work.roles, task.sources, side.manifest, place.device), place)
         weights = sum(_weights_bytes(model) for model in models.values())
         call = work.on_torch(models)
     loaded = _resident_bytes()
@@ -171,14 +175,15 @@ def _networks(pipeline: Any) -> list[Any]:
 def _soak(task: MemoryTask) -> dict[str, Any]:
     from mi2rage_benchmarks.sides import BundleSide
 
-    side = BundleSide(Path(task.bundle), task.threads)
+    side = BundleSide(Path(task.bundle), task.threads, task.backend)
     spec = side.manifest.classifier
     if spec is None:
         raise BundleError(f"{task.bundle}: this bundle has no classifier; leave --soak out, or export one that has")
     samples = sentences(_SAMPLES, task.options.seed, length=None)
     shown = pictures(_SAMPLES, spec.preprocessing, task.options.seed)
     runtime = side.component("classifier")
-    points = sorted({max(1, min(1000, task.requests // 10)), *(task.requests * tenth // 10 for tenth in (5, 10))})
+    shares = (min(1000, task.requests // 10), task.requests // 2, task.requests)
+    points = sorted({max(1, share) for share in shares})
     resident = []
     for number in range(1, task.requests + 1):
         row = number % _SAMPLES

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mi2rage_engines.bundle import Manifest
 from mi2rage_engines.engine import Engine
+from mi2rage_engines.errors import InputError
 from mi2rage_export import parity
 from mi2rage_rt.bundle import Bundle
 
@@ -191,11 +192,24 @@ def bundle_sides(
 
     Args:
         again: whether the first is a side twice, to see what a difference is that is none.
+
+    Raises:
+        InputError: a bundle or a backend is named twice.
     """
+    for kind, given in (("bundle", [str(folder.resolve()) for folder in folders]), ("backend", list(backends))):
+        if twice := [item for item in given if given.count(item) > 1]:
+            raise InputError(
+                f"{kind} {twice[0]}: came twice; expected each once; give it once, and --against-itself to compare a "
+                "bundle with itself"
+            )
     sides = [BundleSide(folder, threads, backend) for folder in folders for backend in backends]
-    names = [f"{_RUNTIMES[side.backend]} {side.manifest.precision}" for side in sides]
-    for side, name in zip(sides, names, strict=True):
-        side.name = name if names.count(name) == 1 else f"{name} ({side.folder.name})"
+    plain = [f"{_RUNTIMES[side.backend]} {side.manifest.precision}" for side in sides]
+    names = [
+        (name, f"{name} ({side.folder.name})", f"{name} ({side.folder})")
+        for name, side in zip(plain, sides, strict=True)
+    ]
+    for side, forms in zip(sides, names, strict=True):
+        side.name = next(form for form in forms if sum(form in others for others in names) == 1)
     if again:
         sides.append(BundleSide(folders[0], threads, backends[0]))
         sides[-1].name = f"{sides[0].name}{AGAIN}"

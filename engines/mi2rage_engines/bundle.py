@@ -127,7 +127,7 @@ def _upgraded(folder: Path, document: Any) -> Any:
     if not isinstance(document, dict):
         return document
     version = document.get("schema_version", SCHEMA_VERSION)
-    while version in _UPGRADES:
+    while isinstance(version, int) and version in _UPGRADES:
         document = _UPGRADES[version](document)
         version = document["schema_version"]
     if version != SCHEMA_VERSION:

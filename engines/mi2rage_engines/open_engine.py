@@ -74,6 +74,11 @@ class EngineOpener:
             )
         if not self._providers:
             refuse_what_cannot_run(self._backend, self._found)
+        elif self._found.providers and (unknown := sorted(set(self._providers) - set(self._found.providers))):
+            raise InputError(
+                f"provider {', '.join(unknown)}: is not in this onnxruntime; expected some of "
+                f"{', '.join(self._found.providers)}; name one, or see 'mi2rage-rt doctor'"
+            )
 
     @functools.cached_property
     def _found(self) -> Findings:

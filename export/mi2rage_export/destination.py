@@ -61,12 +61,6 @@ def _clearing_up_when_terminated() -> Iterator[None]:
 
 
 def _check_replaceable(out: Path, place: Path) -> None:
-    here = Path.cwd()
-    if place == here or place in here.parents:
-        raise InputError(
-            f"{str(out)!r}: is the current folder, or one around it; expected a folder of the bundle's own; give its "
-            "name with --out"
-        )
     if place.is_dir() and any(place.iterdir()) and not (place / MANIFEST_NAME).is_file():
         raise InputError(
             f"{out}: is no bundle (it has no {MANIFEST_NAME}) and is not empty; expected a bundle to replace; give "

@@ -212,7 +212,10 @@ class _MessageCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if isinstance(request, DecodeError):
                 wanted = "expected a message of the Open Inference Protocol V2; see whether the client's version fits"
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no message; {wanted}")
-            return await handler.unary_unary(request, context)
+            try:
+                return await handler.unary_unary(request, context)
+            except NotImplementedError:  # KServe's own answer, past the log of what went wrong
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not load or unload models")
 
         return grpc.unary_unary_rpc_method_handler(answer, read, handler.response_serializer)
 

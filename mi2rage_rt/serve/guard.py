@@ -76,16 +76,18 @@ class Guard:
         if scope["type"] != "http":
             return
         begun = False
+        place: Place | None = scope.get("state", {}).get(PLACE)
 
         async def answer(message: Message) -> None:
             nonlocal begun
             begun = True
+            if place is not None:
+                place.leave()  # it is computed: who reads slowly keeps nobody out
             if message["type"] == "http.response.start" and self._service.draining:
                 # The client's next request goes to a server that stays.
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
-        place: Place | None = scope.get("state", {}).get(PLACE)
         try:
             self._check_head(scope)
             if place is None:

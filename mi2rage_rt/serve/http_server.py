@@ -41,8 +41,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"{host}: {error.strerror or error}; expected an address of this machine") from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}: {reason}; expected an address of this machine; give one with --host") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -105,6 +106,8 @@ def _protocol(service: Service, enter: Callable[[str, str], Place | None]) -> ty
                 self._head_bytes += len(data)
                 self._start_timer()
             super().data_received(data)
+            if self._in_body and not self._turned_away and self.cycle is not None and self.cycle.response_complete:
+                self._start_timer()  # for the rest of a body that nobody reads
             if self._head_bytes > limits.max_header_bytes and not self.transport.is_closing():
                 self.transport.write(_TOO_LARGE)
                 self.transport.close()
@@ -142,7 +145,7 @@ def _protocol(service: Service, enter: Callable[[str, str], Place | None]) -> ty
 
         def on_message_complete(self) -> None:
             self._in_body, self._place = False, None
-            if not self._turned_away:
+            if not self._turned_away and not self.cycle.response_complete:
                 super().on_message_complete()
                 return
             self._turned_away = False
@@ -157,6 +160,9 @@ def _protocol(service: Service, enter: Callable[[str, str], Place | None]) -> ty
             known = any(name == b"content-length" for name, _ in self.headers)
             keep = keep and known and not self.expect_100_continue and self.parser.should_keep_alive()
             self._turned_away = True
+            if self.flow.write_paused:  # it does not read its answers
+                self.transport.abort()
+                return
             self.transport.write(_answer(refusal, keep=keep))
             if keep:
                 self._start_timer()  # for the rest of the body, which is not read by anyone

@@ -5,7 +5,6 @@ https://github.com/kserve/open-inference-protocol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from mi2rage_rt.serve.rows import (
     prompt_row,
     relation_row,
     short_text,
+    words_from_json,
 )
 from mi2rage_rt.serve.service import Service
 from mi2rage_rt.serve.tensors import MODELS
@@ -96,21 +96,11 @@ def _text(name: str, value: bytes) -> str:
         raise DataError(f"{name}: not UTF-8 ({error.reason} at byte {error.start}); expected text in UTF-8") from error
 
 
-def _words(value: bytes) -> list[str]:
-    try:
-        words = json.loads(value)
-    except (ValueError, RecursionError):
-        words = None
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-        raise DataError('tokens: not a JSON list of words; expected e.g. ["Tim", "leads", "Apple"]; write it so')
-    return words
-
-
 def _relation_rows(inputs: Inputs, limits: Limits) -> list[RelationRow]:
     images = inputs.get("image") or [b""] * len(inputs["tokens"])
     columns = (inputs["tokens"], inputs["head"], inputs["tail"], images)
     return [
-        relation_row(_words(words), head, tail, image, limits)
+        relation_row(words_from_json(words), head, tail, image, limits)
         for words, head, tail, image in zip(*columns, strict=True)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "relation_row",
     "relation_row_from_text",
     "short_text",
+    "words_from_json",
 ]
 
 _WORD = re.compile(r"\S+")
@@ -75,6 +77,21 @@ def _span(name: str, span: Sequence[int], length: int, of: str) -> Span:
             f"{name} {list(span)[:4]}: expected [start, end] with 0 <= start < end <= {length}, the number of {of}"
         )
     return Span(int(span[0]), int(span[1]))
+
+
+def words_from_json(text: str | bytes) -> list[str]:
+    """The words of a sentence, as the tensor `tokens` has them.
+
+    Raises:
+        DataError: it is no JSON list of words, or has none.
+    """
+    try:
+        words = json.loads(text)
+    except (ValueError, RecursionError):
+        words = None
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise DataError('tokens: not a JSON list of words; expected e.g. ["Tim", "leads", "Apple"]; write it so')
+    return words
 
 
 def relation_row(

@@ -127,6 +127,19 @@ def test_a_store_tells_by_its_files_what_it_took(store):
     assert found.chain == {"links": 2, "width": 1, "shard_size": 3, "image_format": "png", "steps": 4}
 
 
+def test_of_a_store_that_a_budget_ended_only_the_texts_that_were_begun_count(store):
+    manifest = json.loads((store / "manifest.json").read_text())
+    dropped = sorted(manifest["shards"])[2:]
+    manifest["shards"] = {name: record for name, record in manifest["shards"].items() if name not in dropped}
+    manifest["rows"] = 12
+    for name in dropped:
+        (store / name).unlink()
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    dated(store, 100.0, (110.0, 113.0), 119.5)
+    found = figures_of_store(store)
+    assert (found.texts, found.candidates) == (6, 12)
+
+
 def test_a_pause_of_the_run_is_left_out(store):
     dated(store, 100.0, (103.0, 106.0, 5000.0, 5003.0), 5003.0)
     found = figures_of_store(store)

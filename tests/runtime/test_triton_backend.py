@@ -193,7 +193,7 @@ def test_exported_graphs_answer_as_the_python_api(
                     "tail": np.array([[1, 2]], np.int32),
                 }
             ),
-            "expected a JSON list",
+            "not a JSON list of words",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from mi2rage_engines.errors import DataError
 from mi2rage_rt.cli import main
-from mi2rage_rt.samples import Sample, Span, write_samples
+from mi2rage_rt.samples import BadRow, Sample, Span, write_samples
 from mi2rage_training.pairs import Modality, load_pairs, mentions_only
 from tests.training.fit_fakes import pairs
 
@@ -47,6 +47,16 @@ def test_a_sentence_reduced_to_its_mentions(
         sample.mention(sample.tail),
     )
     assert (reduced.id, reduced.label, reduced.image) == ("s", "x", "i.png")
+
+
+def test_rows_without_their_images_are_left_out_and_counted(rows: Path) -> None:
+    for image in sorted(rows.parent.glob("*.png"))[:2]:
+        image.unlink()
+    with pytest.raises(DataError, match="not found in"):
+        load_pairs(rows)
+    bad: list[BadRow] = []
+    assert len(load_pairs(rows, skip_bad=True, bad_rows=bad)) == 7
+    assert len(bad) == 2 and all(row.line == 0 and row.reason.startswith("sample ") for row in bad)
 
 
 def test_modalities(rows: Path) -> None:

@@ -18,14 +18,15 @@ from mi2rage_rt.images import decode_image, encode_image
 from mi2rage_rt.samples import Sample, Span
 from mi2rage_training import selection as selection_module
 from mi2rage_training.embeddings import caption_similarity, clip_similarity, made_embeddings, text_embeddings
-from mi2rage_training.fit import FitConfig
+from mi2rage_training.fit import FitConfig, View
 from mi2rage_training.microworld import models_folder
 from mi2rage_training.pairs import load_pairs
 from mi2rage_training.policies import Policy, PolicyConfig
 from mi2rage_training.selection import SCORES_NAME, Selection, SelectionConfig, select, table_from_candidates
 from mi2rage_training.selection_page import check_page, sampled_parents, write_selection_page
 from mi2rage_training.store import Candidate, StoreWriter, read_store
-from mi2rage_training.teacher import TeacherConfig, TeacherScores
+from mi2rage_training.teacher import TeacherConfig, Teachers, TeacherScores
+from mi2rage_training.teacher_folder import keep_teachers
 from tests.training.fakes import LABELS, candidates
 
 
@@ -337,6 +338,22 @@ def test_a_page_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
 def test_teachers_are_kept_only_where_the_policy_fits_some(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="teachers: to be kept with the policy random"):
         SelectionConfig(PolicyConfig(Policy.RANDOM), keep_teachers=tmp_path / "t")
+
+
+def test_the_same_selection_again_keeps_its_teachers_and_another_is_refused(tmp_path: Path) -> None:
+    def named(name: str) -> Teachers:
+        return Teachers(name, (), (), View.TEXT, 0)
+
+    folder = tmp_path / "t"
+    folder.mkdir()
+    described = {"name": "mine", "single": "text", "fold_seed": 0, "temperatures": [], "members": 1}
+    (folder / "teachers.json").write_text(json.dumps(described))
+    keep_teachers(named("mine"), folder)
+    with pytest.raises(InputError, match=r"holds other teachers \(mine, these are theirs\)"):
+        keep_teachers(named("theirs"), folder)
+    (folder / "teachers.json").write_text("{")
+    with pytest.raises(ModelFolderError, match="is damaged"):
+        keep_teachers(named("mine"), folder)
 
 
 def test_weights_reach_the_store_and_the_pairs(tmp_path: Path, teachers: list[int]) -> None:

@@ -80,6 +80,12 @@ def test_subfolders_are_marked(tmp_path: Path) -> None:
     assert files_at("memory://outer").names() == {"x": 1, "inner/": 0}
 
 
+def test_what_goes_while_it_is_listed_hides_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / ".#lock").symlink_to("nowhere")  # as an editor leaves it
+    assert files_at(tmp_path).names() == {"a": 3, ".#lock": 0}
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file; expected the name of a folder"):

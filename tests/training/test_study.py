@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mi2rage_engines.errors import InputError
+from mi2rage_engines.errors import InputError, Mi2rageError
 from mi2rage_rt.images import encode_image
 from mi2rage_training import study_run
 from mi2rage_training.chain_config import Given
 from mi2rage_training.study_cells import CELLS, cells_of, comparisons_of
+from mi2rage_training.study_material import Material, Place
 from mi2rage_training.study_recipe import Recipe, read_recipe, recipe_names
 from mi2rage_training.study_run import StudyConfig, run_study
 from tests.models.tiny_captioner import build_captioner
@@ -63,6 +64,9 @@ def test_the_package_carries_the_four_recipes() -> None:
         ("micro", ("data.train=x.txt",), "expected either a world, or the files"),
         ("micro", ('cells=["magic"]',), "cell 'magic': is not known"),
         ("micro", ("seeds=[]",), "seeds"),
+        ("micro", ("seeds=[0, 0]",), "seeds and given: expected each of them once"),
+        ("micro", ('given=["text", "text"]',), "seeds and given: expected each of them once"),
+        ("micro", ("given=[]",), "given"),
     ],
 )
 def test_wrong_recipes_are_refused(name: str, changes: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -146,6 +150,30 @@ def test_several_students_of_a_row_answer_by_their_mean_probabilities(
     assert len(set(seeds)) == 3
     (row,) = result.results
     assert set(row.predicted) == {labels[0]}
+
+
+def test_one_store_at_a_time_is_held(tmp_path: Path) -> None:
+    read: list[str] = []
+    material = Material(read_recipe("micro"), Given.TEXT, 0, Place(tmp_path, Path(), "cpu"))
+
+    def stored(name: str) -> list[Any]:
+        read.append(name)
+        return [name]
+
+    material._stored = stored  # type: ignore[method-assign]
+    for name in ("chain", "chain", "judged", "judged", "chain"):
+        assert material.store(name) == [name]
+    assert read == ["chain", "judged", "chain"]
+
+
+def test_a_killed_process_of_a_study_is_said_to_be_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_run, "_run_job", _die)
+    with pytest.raises(Mi2rageError, match=r"one of its processes was killed.*fewer --jobs"):
+        run_study(read_recipe("micro-quick"), StudyConfig(tmp_path / "study", jobs=2))
+
+
+def _die(*_: object) -> None:
+    os._exit(9)
 
 
 def test_a_folder_of_another_study_is_refused(finished: Path, tmp_path: Path) -> None:

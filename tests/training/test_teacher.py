@@ -76,6 +76,13 @@ def test_no_teacher_scores_a_parent_it_saw(stub_fit: list[tuple[set[str], set[st
     assert set().union(*(scored for _, scored in stub_fit)) == {f"s{i}" for i in range(40)}
 
 
+def test_teachers_of_other_candidates_have_another_name(stub_fit: list[tuple[set[str], set[str]]]) -> None:
+    rows, config = candidates(12), TeacherConfig(folds=2)
+    others = [row for row in rows if row.provenance.link == 1] * 2
+    (same, _), (again, _), (other, _) = (fit_teachers(found, config) for found in (rows, rows, others))
+    assert same.name == again.name != other.name
+
+
 def test_scores_are_the_bound_in_nats(stub_fit: list[tuple[set[str], set[str]]]) -> None:
     rows = candidates(39)
     scores = score_candidates(rows, TeacherConfig(folds=3))

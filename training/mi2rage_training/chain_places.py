@@ -122,7 +122,8 @@ def _draw_sources(
         siblings.setdefault(candidate.provenance.parent, []).append(candidate)
     for place in places:
         mine = siblings.get(place.sample.id, [])
-        weights = np.exp(config.sharpness * np.array([*(added[candidate.sample.id] for candidate in mine), 0.0]))
+        logits = config.sharpness * np.array([*(added[candidate.sample.id] for candidate in mine), 0.0])
+        weights = np.exp(logits - logits.max())
         key = seed_from(config.seed, place.sample.id, link, place.child, "source")
         chosen = int(rng(key).choice(len(weights), p=weights / weights.sum()))
         if chosen == len(mine):

@@ -165,6 +165,7 @@ def train(
     import dataclasses
 
     from mi2rage_rt.files import atomic_folder, check_absent
+    from mi2rage_rt.samples import BadRow
     from mi2rage_training import fit
     from mi2rage_training.choices import choice
     from mi2rage_training.devices import device_from
@@ -189,8 +190,10 @@ def train(
         gradient_accumulation=gradient_accumulation,
         checkpoint_steps=checkpoint_steps,
     )
-    pairs = load_pairs(data, images=images, modality=shown, skip_bad=skip_bad)
-    held_out = load_pairs(validation, images=validation_images, modality=shown, skip_bad=skip_bad) if validation else []
+    bad_rows: list[BadRow] = []
+    reading: dict[str, Any] = {"modality": shown, "skip_bad": skip_bad, "bad_rows": bad_rows}
+    pairs = load_pairs(data, images=images, **reading)
+    held_out = load_pairs(validation, images=validation_images, **reading) if validation else []
     fitted = fit.fit_classifier(
         pairs,
         config,
@@ -208,6 +211,7 @@ def train(
     summary: dict[str, Any] = {
         "classifier": str(out),
         "pairs": len(pairs),
+        "skipped_rows": len(bad_rows),
         "with_image": sum(pair.image is not None for pair in pairs),
         "labels": len(fitted.classifier.labels),
         "best_epoch": fitted.best_epoch,
@@ -232,13 +236,17 @@ def evaluate(
     """Measure micro precision, recall and F1 over the relations, and accuracy over all rows."""
     import dataclasses
 
+    from mi2rage_rt.samples import BadRow
     from mi2rage_training.choices import choice
     from mi2rage_training.evaluation import classifier_from, evaluate_pairs
     from mi2rage_training.pairs import Modality, load_pairs
 
-    pairs = load_pairs(data, images=images, modality=choice(Modality, modality, "modality"), skip_bad=skip_bad)
+    bad_rows: list[BadRow] = []
+    shown = choice(Modality, modality, "modality")
+    pairs = load_pairs(data, images=images, modality=shown, skip_bad=skip_bad, bad_rows=bad_rows)
     metrics = evaluate_pairs(classifier_from(classifier), pairs)
-    summary = {"classifier": str(classifier), "data": data, **dataclasses.asdict(metrics)}
+    summary = {"classifier": str(classifier), "data": data, "skipped_rows": len(bad_rows)}
+    summary |= dataclasses.asdict(metrics)
     print_summary(summary, as_json)
     if not as_json:
         for label, score in metrics.by_label.items():

@@ -95,6 +95,10 @@ class FitConfig:
         for name in _EXPONENTS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: came {getattr(self, name)}; expected 0 (off) or more; 1 is the usual choice")
+        if self.width % self.heads:
+            raise InputError(f"width: came {self.width}; expected a multiple of the {self.heads} heads; give one")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate: came {self.learning_rate}; expected a number above 0; give one, or none")
         if self.image_dropout + self.text_dropout > 1:
             raise InputError(
                 f"image_dropout and text_dropout: came {self.image_dropout} and {self.text_dropout}; expected a sum of "

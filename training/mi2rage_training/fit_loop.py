@@ -79,7 +79,7 @@ class Trainer:
         self.total_steps = config.steps or config.epochs * self.epoch_steps
         trained = [parameter for parameter in classifier.module.parameters() if parameter.requires_grad]
         small = sum(parameter.numel() for parameter in trained) < _SMALL_MODEL
-        self.peak_rate = config.learning_rate or (1e-3 if small else 3e-5)
+        self.peak_rate = (1e-3 if small else 3e-5) if config.learning_rate is None else config.learning_rate
         optimizer = torch.optim.AdamW(trained, lr=self.peak_rate, weight_decay=config.weight_decay)
         self._order: tuple[int, Tensor] | None = None
         self._wrap(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from mi2rage_rt.protocols import Image
 from mi2rage_rt.samples import BadRow, Sample, Span, read_samples
 from mi2rage_training.store import Candidate, StoredCandidates, StorePlace, is_store
 from mi2rage_training.store_files import is_address
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Modality", "Pair", "load_pairs", "mentions_only", "pairs_from_candidates"]
 
@@ -78,7 +81,7 @@ def load_pairs(
         images: the folder of the images; by default the file's own.
         modality: with `text` no image is looked for; with `image` sentences are reduced to their mentions.
         skip_bad: leave bad rows, and rows whose image is not there, out.
-        bad_rows: a list that the bad rows are appended to.
+        bad_rows: a list that the bad rows are appended to, those without their images with line 0.
 
     Raises:
         DataError: nothing to read, a bad row, an image that is not there, or `image` and no row has one.
@@ -103,13 +106,18 @@ def load_pairs(
 
 def _pairs_of_file(path: Path, folder: Path, *, skip_bad: bool, bad_rows: list[BadRow] | None) -> list[Pair]:
     samples = read_samples(path, skip_bad=skip_bad, bad_rows=bad_rows)
-    pairs = []
+    pairs, missing = [], []
     for sample in samples:
         try:
             pairs.append(Pair(sample, find_image(folder, sample.image) if sample.image else None))
-        except DataError:
+        except DataError as error:
             if not skip_bad:
                 raise
+            missing.append(BadRow(0, f"sample {sample.id}: {error}"))
     if not pairs:
         raise DataError(f"{path}: none of its {len(samples)} images is in {folder}; pass --images or --modality text")
+    if missing:
+        logger.warning("%s: left out %d rows without their images, first %s", path, len(missing), missing[0].reason)
+    if bad_rows is not None:
+        bad_rows += missing
     return pairs

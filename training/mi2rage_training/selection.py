@@ -35,8 +35,8 @@ from mi2rage_training.store import (
     read_tables,
 )
 from mi2rage_training.store_rows import bytes_from_table
-from mi2rage_training.teacher import TeacherConfig, TeacherScores, fit_teachers
-from mi2rage_training.teacher_folder import save_teachers
+from mi2rage_training.teacher import TeacherConfig, Teachers, TeacherScores, fit_teachers
+from mi2rage_training.teacher_folder import is_teachers, keep_teachers
 from mi2rage_training.teacher_sample import fit_teachers_on_some
 
 __all__ = ["SCORES_NAME", "Selection", "SelectionConfig", "select", "table_from_candidates"]
@@ -162,11 +162,11 @@ def _known(store: StorePlace) -> tuple[Table, NDArray[np.int32]]:
 
 def _scored(
     candidates: StoredCandidates, known: Table, config: SelectionConfig, pool: PoolOptions | None
-) -> tuple[Table, TeacherScores | None]:
+) -> tuple[Table, TeacherScores | None, Teachers | None]:
     """Computes what the policy asks for, and nothing else."""
     policy, fit, device = config.policy, config.teacher.fit, config.teacher.device
     words = candidates.without_images()
-    scores = similarity = embeddings = None
+    teachers = scores = similarity = embeddings = None
     if policy.policy is Policy.SIMILARITY and config.similarity_model is not None:
         similarity = clip_similarity(candidates, config.similarity_model, device)
     elif policy.policy is Policy.SIMILARITY:
@@ -183,8 +183,6 @@ def _scored(
                 None if pool is None else functools.partial(score_on_cluster, place=candidates.place, pool=pool),
             )
         )
-        if config.keep_teachers is not None:
-            save_teachers(teachers, config.keep_teachers)
     if policy.covers:
         embeddings = made_embeddings(candidates if made_kind(words) == "image" else words, fit, device)
     table = dataclasses.replace(
@@ -194,7 +192,7 @@ def _scored(
         similarity=similarity,
         embeddings=embeddings,
     )
-    return table, scores
+    return table, scores, teachers
 
 
 def _bytes_of_scores(
@@ -280,11 +278,13 @@ def select(store: StorePlace, out: StorePlace, config: SelectionConfig, pool: Po
     if not len(candidates):
         raise DataError(f"{store}: holds no candidates; nothing to select from")
     shards = source.model_dump(mode="json")["shards"]
-    if config.keep_teachers is not None:
-        check_absent(config.keep_teachers, force=False)
     writer = StoreWriter(out, {"step": "select", "source": shards, "config": config.described()})
+    if config.keep_teachers is not None and not is_teachers(config.keep_teachers):
+        check_absent(config.keep_teachers)
     known, children = _known(store)
-    table, scores = _scored(candidates, known, config, pool)
+    table, scores, teachers = _scored(candidates, known, config, pool)
+    if teachers is not None and config.keep_teachers is not None:
+        keep_teachers(teachers, config.keep_teachers)
     decision = decide(table, config.policy)
     weights = None if scores is None else posterior_weights(table)
     written = weights if config.weighted else None

@@ -170,7 +170,9 @@ def write_left_out(files: Files, index: int, left_out: Sequence[LeftOut]) -> Non
 def left_out_of(files: Files) -> list[LeftOut]:
     """All samples that a store lacks, in the order of its shards."""
     notes = sorted(name for name in files.names() if name.endswith(NOTE_SUFFIX) and not name.startswith("."))
-    return [LeftOut(**json.loads(line)) for name in notes for line in files.read(name).decode().splitlines()]
+    # Not `splitlines`, which breaks at characters that JSON leaves as they are.
+    lines = (line for name in notes for line in files.read(name).decode().split("\n"))
+    return [LeftOut(**json.loads(line)) for line in lines if line]
 
 
 def explain_left_out(store: object, left_out: Sequence[LeftOut]) -> str:

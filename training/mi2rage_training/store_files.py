@@ -87,6 +87,13 @@ def files_at(place: StorePlace) -> Files:
     return LocalFiles(Path(place))
 
 
+def _size_of(item: os.DirEntry[str]) -> int:
+    try:
+        return item.stat().st_size
+    except FileNotFoundError:  # a draft that was finished meanwhile, or a link to nowhere
+        return 0
+
+
 class LocalFiles:
     """Those of a local folder, which is made when the first is written."""
 
@@ -99,7 +106,7 @@ class LocalFiles:
     def names(self) -> dict[str, int]:
         try:
             with os.scandir(self.folder) as entries:
-                return {f"{item.name}/" if item.is_dir() else item.name: item.stat().st_size for item in entries}
+                return {f"{item.name}/" if item.is_dir() else item.name: _size_of(item) for item in entries}
         except FileNotFoundError:
             return {}
         except NotADirectoryError as error:

@@ -53,6 +53,7 @@ class Material:
         self.seed = seed
         self.place = place
         self.chain = recipe.chain_of(given)
+        self._held: tuple[str, list[Candidate]] | None = None
 
     def seed_of(self, what: str) -> int:
         """A seed of 31 bits for one use."""
@@ -95,9 +96,14 @@ class Material:
         decoding = CaptionDecoding(beams=4 if self.chain.decoding == "beam" else 1)
         return generator, TorchCaptioner.from_folder(models.captioner, device=self.place.device, decoding=decoding)
 
-    @functools.cache  # noqa: B019 (a job has one material, and ends with it)
     def store(self, name: str) -> list[Candidate]:
-        """The candidates of a store."""
+        """The candidates of a store; the last one is held, for all of them need not fit into memory."""
+        if self._held is None or self._held[0] != name:
+            self._held = None  # before the next is read
+            self._held = name, self._stored(name)
+        return self._held[1]
+
+    def _stored(self, name: str) -> list[Candidate]:
         folder = self.place.folder / name
         if not (folder / "manifest.json").is_file():
             generator, captioner = self._models
@@ -131,7 +137,6 @@ class Material:
             save_teachers(fit_teachers(first, config)[0], folder)
         return folder
 
-    @functools.cache  # noqa: B019
     def scores(self, name: str, rounds: int | None = None) -> TeacherScores:
         """The scores of a store's candidates by cross-fitted teachers after some rounds (default the recipe's)."""
         rounds = rounds or self.recipe.teacher.rounds

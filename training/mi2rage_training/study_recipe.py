@@ -148,7 +148,7 @@ class Recipe(_Part):
 
     name: str
     title: str
-    given: tuple[Given, ...] = (Given.TEXT, Given.IMAGE)
+    given: tuple[Given, ...] = Field(default=(Given.TEXT, Given.IMAGE), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2, 3, 4), min_length=1)
     data: DataRecipe
     models: ModelsRecipe = ModelsRecipe()
@@ -158,6 +158,12 @@ class Recipe(_Part):
     students: int = Field(default=1, ge=1)
     method: MethodRecipe = MethodRecipe()
     cells: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds) or len(set(self.given)) < len(self.given):
+            raise ValueError("seeds and given: expected each of them once")
+        return self
 
     def chain_of(self, given: Given) -> ChainRecipe:
         """The chain's recipe in one setting."""

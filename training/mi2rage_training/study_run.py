@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mi2rage_engines.errors import DataError, InputError
+from mi2rage_engines.errors import DataError, InputError, Mi2rageError
 from mi2rage_rt.files import atomic_text
 from mi2rage_rt.progress import Steps, be_quiet, steps
 from mi2rage_training.calibration import log_softmax
@@ -157,6 +158,11 @@ def _run_in_processes(jobs: Sequence[tuple[Recipe, Given, int, StudyConfig]], co
         try:
             for future in as_completed(futures):
                 future.result()
+        except BrokenProcessPool as error:
+            raise Mi2rageError(
+                "study: one of its processes was killed, as the system does when memory is at its end; expected all to "
+                "last; what was finished is kept; give fewer --jobs, and else the same command again"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

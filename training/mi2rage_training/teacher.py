@@ -8,6 +8,7 @@ Teachers are cross-fitted: the one that scores a candidate never saw it, nor ano
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -274,7 +275,8 @@ def fit_teachers(candidates: Sequence[Candidate], config: TeacherConfig) -> tupl
         log_single = _calibrated(found.single, hot[1], folds)
     entropy = label_entropy_nats(list({item.provenance.parent: str(item.sample.label) for item in candidates}.values()))
     teachers = Teachers(
-        f"teachers-{seed_from(*parents.tolist(), repr(config)):016x}",
+        # By what they say of what they never saw: those of other candidates are others, whatever was asked for.
+        f"teachers-{seed_from(repr(config), hashlib.sha256(found.both.tobytes()).hexdigest()):016x}",
         tuple(found.members),
         tuple(zip(*hot, strict=True)),
         _single_view(candidates),
