@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mi2rage_benchmarks.sides import Clocked, EngineClock, _ClockedEngine
+from mi2rage_benchmarks import sides
+from mi2rage_benchmarks.sides import Clocked, EngineClock, _ClockedEngine, bundle_sides
+from mi2rage_engines.errors import InputError
 
 
 class Waiting:
@@ -79,3 +82,22 @@ def test_a_call_that_fails_adds_nothing_and_the_clock_goes_on():
     with pytest.raises(ZeroDivisionError):
         _ClockedEngine(broken, clock, "unet").call(1)
     assert clock.by_engine() == {}
+
+
+def made_side(folder, threads, backend):
+    return SimpleNamespace(folder=folder, backend=backend, manifest=SimpleNamespace(precision="fp32"))
+
+
+def test_every_side_has_a_name_of_its_own(monkeypatch):
+    monkeypatch.setattr(sides, "BundleSide", made_side)
+    names = [[side.name for side in bundle_sides([Path(folder) for folder in folders], 1)]
+             for folders in (("a",), ("a", "b"), ("before/bundle", "after/bundle", "c"))]  # fmt: skip
+    assert names == [
+        ["ONNX Runtime fp32"],
+        ["ONNX Runtime fp32 (a)", "ONNX Runtime fp32 (b)"],
+        ["ONNX Runtime fp32 (before/bundle)", "ONNX Runtime fp32 (after/bundle)", "ONNX Runtime fp32 (c)"],
+    ]
+    with pytest.raises(InputError, match=r"bundle .*/a: came twice.*--against-itself"):
+        bundle_sides([Path("a"), Path("./a")], 1)
+    with pytest.raises(InputError, match="backend ort-cpu: came twice"):
+        bundle_sides([Path("a")], 1, backends=("ort-cpu", "ort-cpu"))

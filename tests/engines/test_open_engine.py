@@ -134,3 +134,8 @@ def test_answers_are_those_of_the_provider(folder: Path, manifest: Manifest) -> 
     openers.append(EngineOpener(folder, manifest, providers=["CPUExecutionProvider"], threads=1))
     first, second = (opener(file).run(given)["logits"] for opener in openers)
     np.testing.assert_array_equal(first, second)
+
+
+def test_an_unknown_provider_is_the_users_mistake(folder: Path, manifest: Manifest) -> None:
+    with pytest.raises(InputError, match=r"provider Foo: is not in this onnxruntime; expected some of .*CPU"):
+        EngineOpener(folder, manifest, providers=["Foo"])

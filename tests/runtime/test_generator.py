@@ -117,6 +117,8 @@ def test_sizes(generator: RuntimeGenerator) -> None:
     assert generator.generate([], []).shape == (0, 4, 4, 3)
     with pytest.raises(InputError, match="height 6: expected a positive multiple of 4"):
         generator.generate(["a"], [0], GenerateOptions(height=6))
+    with pytest.raises(InputError, match="height 0"):
+        generator.generate(["a"], [0], GenerateOptions(height=0))
 
 
 def test_unusable_arguments(generator: RuntimeGenerator) -> None:

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from mi2rage_rt.protocols import Image
 from mi2rage_training.budget import Budget
 from mi2rage_training.chain import ChainConfig, Given, Overlap, synthesize
+from mi2rage_training.chain_places import Place, _draw_sources
 from mi2rage_training.chain_run import Outcome, RunOptions, make_here
 from mi2rage_training.pairs import Pair
-from mi2rage_training.shard_work import explain_left_out
+from mi2rage_training.shard_work import LeftOut, explain_left_out, left_out_of, write_left_out
 from mi2rage_training.store import read_manifest, read_store
+from mi2rage_training.store_files import files_at
 from mi2rage_training.tally import Tally
-from tests.training.fakes import LABELS, MeanCaptioner, NoiseGenerator, samples
+from tests.training.fakes import LABELS, MeanCaptioner, NoiseGenerator, candidates, samples
 
 CONFIG = ChainConfig(links=2, width=2, seed=5, shard_size=4)
 PAIRS = [Pair(sample) for sample in samples(14)]
@@ -69,6 +71,22 @@ def test_samples_that_cannot_be_made_are_left_out_and_named(overlap: Overlap, tm
     again = run(tmp_path / "store", _Fails("Lo5", "Lo6", "Lo13"), tries=2)
     assert again.left_out == outcome.left_out  # a run that has nothing to do says so too
     assert contents(tmp_path / "store") == before
+
+
+def test_notes_are_read_whatever_stands_in_them(tmp_path: Path) -> None:
+    files = files_at(tmp_path)
+    noted = [LeftOut("a\u2028b\x85", "broke\nat \u2029 once"), LeftOut("c", "x")]
+    write_left_out(files, 0, noted)
+    assert left_out_of(files) == noted
+
+
+def test_scores_of_any_size_can_be_drawn_by() -> None:
+    """exp of a large score is more than a float holds."""
+    made = [row for row in candidates(3) if row.provenance.link == 1]
+    parents = [dataclasses.replace(row.sample, id=row.provenance.parent) for row in made]
+    places = [Place(Pair(parent), 0, parent.id) for parent in parents]
+    _draw_sources(places, made, {row.sample.id: 50.0 for row in made}, 1, ChainConfig(sharpness=100.0))
+    assert [place.source for place in places] == [row.sample.id for row in made]
 
 
 def test_the_rest_of_a_shard_is_one_batch_without_the_sample(tmp_path: Path) -> None:

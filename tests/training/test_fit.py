@@ -221,6 +221,9 @@ def test_unknown_and_missing_labels_are_named(fitted: Fit) -> None:
     ("settings", "said"),
     [
         ({"epochs": 0}, "epochs: came 0"),
+        ({"width": 30}, "width: came 30; expected a multiple of the 4 heads"),
+        ({"learning_rate": 0.0}, "learning_rate: came 0.0; expected a number above 0"),
+        ({"learning_rate": -1.0}, "learning_rate: came -1.0"),
         ({"steps": 0}, "steps: came 0"),
         ({"patience": -1}, "patience: came -1"),
         ({"gradient_accumulation": 0}, "gradient_accumulation: came 0"),

@@ -31,7 +31,7 @@ def test_the_readmes_table_is_the_reports() -> None:
 
 def test_the_report_is_of_the_recipe_as_it_is() -> None:
     report = (ROOT / "training" / "results" / "study-micro.md").read_text(encoding="utf-8").splitlines()
-    assert "Recipe `micro`, seeds 0, 1, 2, 3, 4: `mi2rage-rt study --recipe micro`" in report
+    assert re.match(r"Recipe `micro`, seeds 0, 1, 2, 3, 4.*: `mi2rage-rt study --recipe micro[ `]", report[2])
     for name, setting in read_recipe("micro").model_dump(mode="json").items():
         said = setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
         assert f"- {name}: {said}" in report

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import http.client
 import json
 import socket
@@ -10,11 +13,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from mi2rage_rt.serve.admission import Admission
+from mi2rage_rt.serve.guard import Guard
+from mi2rage_rt.serve.http_server import HttpServer, listening_socket
+from mi2rage_rt.serve.limits import Limits
 from mi2rage_rt.serve.refusals import RefusedError
 from mi2rage_rt.serve.service import Service
 from tests.runtime.serve.conftest import TOKEN
@@ -139,6 +145,82 @@ def test_pipelined_requests_are_answered_in_their_order_or_turned_away(bundle_fo
         statuses = [int(line[:3]) for line in found.split(b"HTTP/1.1 ")[1:]]
         assert statuses == [200, 200, 200, 200]
         assert found.endswith(b'{"live":true}')
+
+
+def test_a_body_that_nobody_reads_does_not_hold_its_connection(tmp_path: Path) -> None:
+    """Its answer is there before its end: what comes after that has a time limit too."""
+
+    async def run() -> bytes:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        limits = dataclasses.replace(Limits(), body_timeout_s=0.2)
+        service = cast(Service, SimpleNamespace(limits=limits, draining=False))
+        app.enter = lambda method, path: None  # type: ignore[attr-defined]
+        server = HttpServer(cast(Guard, app), service, 1.0)
+        with listening_socket("127.0.0.1", 0) as listener:
+            serving = asyncio.create_task(server.serve([listener]))
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.write(b"GET /x HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+            found = await reader.readuntil(b"ok")
+            writer.write(b"a")
+            await asyncio.wait_for(reader.read(), 10)  # the server closes
+            server.should_exit = True
+            await serving
+            return found
+
+    assert b"200" in asyncio.run(run())
+
+
+def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
+    async def run() -> int:
+        def enter(method: str, path: str) -> None:
+            raise RefusedError(429, "full", 1.0)
+
+        app: Any = SimpleNamespace(enter=enter)
+        service = cast(Service, SimpleNamespace(limits=Limits(), draining=False))
+        server = HttpServer(app, service, 1.0)
+        request, sent = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n" * 1000, 0
+        with listening_socket("127.0.0.1", 0) as listener:
+            serving = asyncio.create_task(server.serve([listener]))
+            _, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
+            with contextlib.suppress(OSError):
+                while sent < 10_000:  # ends long before: the answers fill every buffer, and the server hangs up
+                    writer.write(request)
+                    sent += 1
+                    await asyncio.wait_for(writer.drain(), 10)
+            writer.transport.abort()
+            server.should_exit = True
+            await serving
+            return sent
+
+    assert asyncio.run(run()) < 10_000
+
+
+def test_who_reads_its_answer_slowly_keeps_nobody_out() -> None:
+    inside: list[int] = []
+
+    async def run() -> None:
+        service = cast(Any, SimpleNamespace(limits=Limits(), draining=False))
+        service.check_room = lambda model, inside: None
+        service.admission = Admission(service)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            inside.append(service.admission.inside["classifier"])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def send(message: Any) -> None:
+            inside.append(service.admission.inside["classifier"])
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        guard = Guard(app, service, None, {"/x": ("classifier", "json")})
+        await guard({"type": "http", "method": "POST", "path": "/x", "headers": []}, receive, send)
+
+    asyncio.run(run())
+    assert inside == [1, 0]
 
 
 def test_too_many_connections_are_told_so_and_probes_are_answered(bundle_folder: Path) -> None:
