@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as services
 
@@ -205,11 +204,11 @@ class _MessageCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         def read(content: bytes) -> Any:
             try:
                 return handler.request_deserializer(content)
-            except DecodeError as error:
+            except Exception as error:  # of protobuf, whose classes need not be known here
                 return error
 
         async def answer(request: Any, context: Any) -> Any:
-            if isinstance(request, DecodeError):
+            if isinstance(request, Exception):
                 wanted = "expected a message of the Open Inference Protocol V2; see whether the client's version fits"
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no message; {wanted}")
             try:

@@ -13,7 +13,7 @@ import pytest
 
 from mi2rage_engines import open_engine
 from mi2rage_engines.bundle import record_files
-from mi2rage_engines.errors import BundleError, EngineError, InputError
+from mi2rage_engines.errors import BundleError, InputError
 from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.captioner import CaptionOptions
 from mi2rage_rt.cli import main
@@ -194,7 +194,7 @@ def test_a_bundle_without_one_of_the_models_is_refused(
         (Sampling(steps=4), "auto", InputError, "steps 4: this bundle has no schedule of that length"),
         (Sampling(feature_cache=2), "auto", InputError, "feature cache 2: tiny-generator has no graphs for it"),
         (Sampling(), "cuda:1", InputError, "device 'cuda:1': a bundle runs on one of: auto, cpu, cuda"),
-        (Sampling(), "cuda", EngineError, "CUDAExecutionProvider is not in this build"),
+        (Sampling(), "cuda", InputError, "provider CUDAExecutionProvider: is not in this onnxruntime"),
     ],
 )
 def test_what_a_bundle_cannot_do_is_said_before_anything_is_made(
