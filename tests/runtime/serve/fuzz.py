@@ -180,6 +180,25 @@ def make_case(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
     return path, body, headers
 
 
+def found_out(
+    server: ServerProcess,
+    cases: int,
+    seed: int,
+    statuses: collections.Counter[Any],
+    memory: list[float],
+    began_s: float,
+) -> dict[str, Any]:
+    """What came of a run, once the server has shown that it is live and ready."""
+    assert server.ask("/v2/health/live").status == 200 and server.ask("/v2/health/ready").status == 200
+    return {
+        "cases": cases,
+        "seed": seed,
+        "statuses": dict(sorted(statuses.items())),
+        "memory_mb": [round(value, 1) for value in memory],
+        "seconds": round(time.monotonic() - began_s, 1),
+    }
+
+
 def fuzz(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
     """Send the cases; what came back, by status.
 
@@ -212,15 +231,7 @@ def fuzz(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
             connection.close()
         if number % max(1, cases // 20) == 0:
             memory.append(server.metric("process_resident_memory_bytes") / 2**20)
-    assert server.ask("/v2/health/live").status == 200 and server.ask("/v2/health/ready").status == 200
-    return {
-        "cases": cases,
-        "seed": seed,
-        "statuses": dict(sorted(statuses.items())),
-        "slowest_ms": round(slowest_s * 1e3),
-        "memory_mb": [round(value, 1) for value in memory],
-        "seconds": round(time.monotonic() - began_s, 1),
-    }
+    return {"slowest_ms": round(slowest_s * 1e3)} | found_out(server, cases, seed, statuses, memory, began_s)
 
 
 def grpc_case(rng: random.Random) -> Any:
@@ -298,14 +309,7 @@ def fuzz_grpc(server: ServerProcess, cases: int, seed: int) -> dict[str, Any]:
             assert not own_fault and "Traceback" not in words, (number, status, words, content[:2000])
             if number % max(1, cases // 20) == 0:
                 memory.append(server.metric("process_resident_memory_bytes") / 2**20)
-    assert server.ask("/v2/health/live").status == 200 and server.ask("/v2/health/ready").status == 200
-    return {
-        "cases": cases,
-        "seed": seed,
-        "statuses": dict(sorted(statuses.items())),
-        "memory_mb": [round(value, 1) for value in memory],
-        "seconds": round(time.monotonic() - began_s, 1),
-    }
+    return found_out(server, cases, seed, statuses, memory, began_s)
 
 
 def main() -> None:
