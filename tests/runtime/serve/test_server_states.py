@@ -186,7 +186,7 @@ def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
             serving = asyncio.create_task(server.serve([listener]))
             _, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
             with contextlib.suppress(OSError):
-                while sent < 10_000:  # ends long before: the answers fill every buffer, and the server hangs up
+                while sent < 300:  # ends long before: the answers fill every buffer, and the server hangs up
                     writer.write(request)
                     sent += 1
                     await asyncio.wait_for(writer.drain(), 10)
@@ -195,7 +195,7 @@ def test_refusals_that_nobody_reads_do_not_pile_up() -> None:
             await serving
             return sent
 
-    assert asyncio.run(run()) < 10_000
+    assert asyncio.run(run()) < 300
 
 
 def test_who_reads_its_answer_slowly_keeps_nobody_out() -> None:
