@@ -62,7 +62,9 @@ def _options(ort: Any, threads: int, frugal: bool) -> Any:
     options.add_session_config_entry("session.disable_prepacking", str(int(frugal)))
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # The last level lays convolutions' weights out anew, which is a copy of them too.
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if frugal else level.ORT_ENABLE_ALL
     options.log_severity_level = 3
     # Graphs that are called in turn (image and text, vision and decoder) would spin against each other's threads:
     # 164 ms instead of 93 for a classification on two cores.
@@ -137,8 +139,8 @@ class OrtEngine:
         path: the `.onnx` file; external data lies beside it.
         providers: execution providers in order of preference; by default `default_providers()`.
         threads: CPU threads of one operator; by default the cores this process may use.
-        frugal: take as little memory as can be on the CPU, at the price of slower runs: weights are not packed, which
-            is a second copy of most, and what one run took is not kept for the next.
+        frugal: take as little memory as can be on the CPU, at the price of slower runs: weights are neither packed nor
+            laid out anew, which is a second copy of most, and what one run took is not kept for the next.
         device_memory_limit_bytes: what this graph's arena on CUDA may take, weights included.
 
     Raises:

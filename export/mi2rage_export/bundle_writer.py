@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import importlib.metadata
@@ -16,6 +15,7 @@ from mi2rage_engines.errors import require
 from mi2rage_engines.spec import CaptionerSpec, ClassifierSpec, GeneratorSpec, GraphSpec
 from mi2rage_export import parity
 from mi2rage_export.families import Family, family_of
+from mi2rage_export.memory import give_back
 from mi2rage_export.reference import References
 from mi2rage_export.request import ExportRequest
 from mi2rage_export.verify import check_in_process
@@ -70,8 +70,7 @@ def _release(part: _Part) -> None:
         for tensor in (*graph.module.parameters(), *graph.module.buffers()):
             tensor.data = tensor.data.new_empty(0)  # caches of PyTorch's exporter hold on to the modules they have seen
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed blocks below 32 MB, which weights mostly are
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
 
 
 class _Writer:
@@ -150,10 +149,12 @@ class _Writer:
 
         bar.note(f"{part.role}, PyTorch's answers")
         self.references = record_component(self.references, part.role, part.model, self.folder, self.request.seed)
+        give_back()
         bar.advance()
         for graph in part.graphs:
             found = record_graph(graph, self.folder, self.request.seed)
             self.references.graphs[graph.name] = found
+            give_back()
             bar.advance()
             if graph.name == "generator/unet":
                 from mi2rage_export.denoise_steps import denoise_step_graphs
@@ -174,6 +175,7 @@ class _Writer:
 
             graph = with_feature(graph)
         spec = export_in_precision(graph, self.folder / file, file, self.request)
+        give_back()
         bar.advance()
         return spec
 

@@ -19,6 +19,7 @@ from mi2rage_engines.errors import BundleError, ParityError
 from mi2rage_engines.spec import GraphSpec, Precision
 from mi2rage_export.reference import (
     CaptionerReference,
+    Case,
     ClassifierReference,
     GeneratorReference,
     GraphReference,
@@ -89,6 +90,9 @@ BOUNDS: dict[Precision, Bounds] = {
     "int8-qdq": Bounds(None, None, 12.0, None, 0.95, 0.5),
 }
 """By precision: fp32 differs by the order of its sums; the others' bounds are several times what was measured."""
+
+_PIXELS_AT_ONCE = 512 * 512
+"""Of the images drawn in one batch: attention over more of them would decide what memory an export takes."""
 
 _ORDER: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8-weights", "int8-dynamic", "int8-qdq")
 _WORDS = ("a", "man", "near", "the", "red", "car", "with", "two", "dogs", "at", "park", "#team", "@news", "RT", "!")
@@ -195,17 +199,9 @@ def check_graph(
     answers = read_answers(folder, name.replace("/", "-"))
     worst = _NONE
     for number, case in enumerate(reference.cases):
-        arrays = draw_inputs(spec.inputs, reference.inputs, case.sizes, case.seed)
-        if sha256_of_arrays(arrays) != case.inputs_sha256:
-            raise BundleError(
-                f"{folder}: NumPy {np.__version__} draws other inputs for {name} than the bundle was exported with; "
-                "expected the same; install the NumPy of its tool_versions, or export again"
-            )
-        found = engine.run(arrays)
-        for output in reference.outputs:
-            finite = bool(np.isfinite(found[output].astype(np.float32)).all())
-            kept = difference(picked(found[output]), answers[f"{number}/{output}"])
-            worst = worst.worse(kept if finite else _APART)
+        found = _run_case(engine, name, spec, reference, case, folder)
+        for output, (kept, finite) in found.items():
+            worst = worst.worse(difference(kept, answers[f"{number}/{output}"]) if finite else _APART)
     bounds = BOUNDS[spec.precision]
     cases = len(reference.cases)
     return [
@@ -214,6 +210,23 @@ def check_graph(
         record(name, "max_abs", worst.max_abs, None, cases),
         record(name, "max_rel", worst.max_rel, None, cases),
     ]
+
+
+def _run_case(
+    engine: Engine, name: str, spec: GraphSpec, reference: GraphReference, case: Case, folder: Path
+) -> dict[str, tuple[NDArray[np.float32], bool]]:
+    """What is kept of each output, and whether all of it is finite; all else is let go of with the call."""
+    arrays = draw_inputs(spec.inputs, reference.inputs, case.sizes, case.seed)
+    if sha256_of_arrays(arrays) != case.inputs_sha256:
+        raise BundleError(
+            f"{folder}: NumPy {np.__version__} draws other inputs for {name} than the bundle was exported with; "
+            "expected the same; install the NumPy of its tool_versions, or export again"
+        )
+    found = engine.run(arrays)
+    return {
+        output: (picked(found[output]), bool(np.isfinite(found[output].astype(np.float32, copy=False)).all()))
+        for output in reference.outputs
+    }
 
 
 def psnr_db(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
@@ -230,8 +243,13 @@ def check_generator(
     """Images of the same prompts and seeds, runtime against the diffusers pipeline."""
     from mi2rage_rt.generator import GenerateOptions
 
+    at_once = max(1, _PIXELS_AT_ONCE // (reference.height * reference.width))
     options = GenerateOptions(
-        reference.steps, reference.guidance_scale, reference.height, reference.width, len(reference.prompts)
+        reference.steps,
+        reference.guidance_scale,
+        reference.height,
+        reference.width,
+        min(at_once, len(reference.prompts)),
     )
     found = runtime.generate(reference.prompts, reference.seeds, options)
     expected = read_answers(folder, "generator")["images"]

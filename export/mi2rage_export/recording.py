@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mi2rage_engines.bundle import sha256_of
 from mi2rage_export.graphs import Graph, random_inputs
@@ -22,6 +23,7 @@ from mi2rage_export.reference import (
     GeneratorReference,
     GraphReference,
     References,
+    Sizes,
     picked,
     sha256_of_arrays,
     write_answers,
@@ -53,20 +55,13 @@ def record_graph(graph: Graph, folder: Path, seed: int) -> GraphReference:
     Raises:
         ParityError: an answer holds NaN or infinity; the first layer that made them is named.
     """
-    cases, answers = [], {}
+    cases: list[Case] = []
+    answers: dict[str, NDArray[np.float32]] = {}
     for number, sizes in enumerate(graph.checked):
         case_seed = seed_from("parity", graph.name, seed, number)
-        arrays = random_inputs(graph, sizes, case_seed)
-        tensors = tuple(torch.from_numpy(arrays[item.name]) for item in graph.inputs)
-        with torch.inference_mode():
-            outputs = graph.reference(*tensors)
-        if not all(bool(torch.isfinite(output).all()) for output in outputs):
-            from mi2rage_export.finite import demand_finite
-
-            demand_finite(graph, [arrays])
-        for spec, output in zip(graph.outputs, outputs, strict=True):
-            answers[f"{number}/{spec.name}"] = picked(output.numpy())
-        cases.append(Case(sizes=dict(sizes), seed=case_seed, inputs_sha256=sha256_of_arrays(arrays)))
+        digest, found = _answers(graph, sizes, case_seed)
+        answers |= {f"{number}/{name}": output for name, output in found.items()}
+        cases.append(Case(sizes=dict(sizes), seed=case_seed, inputs_sha256=digest))
     write_answers(folder, graph.name.replace("/", "-"), answers)
     return GraphReference(
         graph=graph.name,
@@ -74,6 +69,20 @@ def record_graph(graph: Graph, folder: Path, seed: int) -> GraphReference:
         outputs=tuple(spec.name for spec in graph.outputs),
         cases=tuple(cases),
     )
+
+
+def _answers(graph: Graph, sizes: Sizes, seed: int) -> tuple[str, dict[str, NDArray[np.float32]]]:
+    """The SHA-256 of one case's inputs, and what is kept of the outputs; all else is let go of with the call."""
+    arrays = random_inputs(graph, sizes, seed)
+    tensors = tuple(torch.from_numpy(arrays[item.name]) for item in graph.inputs)
+    with torch.inference_mode():
+        outputs = graph.reference(*tensors)
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        from mi2rage_export.finite import demand_finite
+
+        demand_finite(graph, [arrays])
+    kept = {spec.name: picked(output.numpy()) for spec, output in zip(graph.outputs, outputs, strict=True)}
+    return sha256_of_arrays(arrays), kept
 
 
 def record_component(references: References, role: str, model: Any, folder: Path, seed: int) -> References:
