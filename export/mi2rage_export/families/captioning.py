@@ -167,8 +167,8 @@ def decoder_graph(module: nn.Module, shape: CaptionShape, reference: Callable[..
         checked=(
             {"batch": 1, "sequence": 1, "past": 0},
             {"batch": 3, "sequence": min(5, limit), "past": 0},
-            {"batch": 2, "sequence": 1, "past": min(7, limit - 1)},
-            {"batch": 4, "sequence": 3, "past": max(0, limit - 3)},
+            {"batch": 4, "sequence": 1, "past": min(7, limit - 1)},
+            {"batch": 2, "sequence": 3, "past": max(0, limit - 3)},
         ),
         axes={
             "batch": AxisRange(min=1, opt=8, max=32),
