@@ -64,8 +64,9 @@ class Bounds:
 
     Attributes:
         max_abs_scaled: of a graph: largest difference over max(1, largest value of the output). None where random
-            inputs say nothing: calibrated scales are for real ones, on which `quantize` holds its own bound.
+            inputs say little: calibrated scales are for real ones, on which `quantize` holds its own bound.
         cosine: of a graph, at least.
+        logits_scaled: as `max_abs_scaled`, of a classifier's logits for random sentences and images.
         image_psnr_db: of images, at least.
         caption_prefix: share of a caption's tokens before the first other one, at least; None leaves captions to the
             decoder's logits: where two tokens are all but equally likely, any rounding decides.
@@ -74,7 +75,8 @@ class Bounds:
     """
 
     max_abs_scaled: float | None
-    cosine: float | None
+    cosine: float
+    logits_scaled: float
     image_psnr_db: float
     caption_prefix: float | None
     decision_agreement: float
@@ -82,14 +84,18 @@ class Bounds:
 
 
 BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(1e-4, 0.999999, 40.0, 1.0, 1.0, 0.0),
-    "fp16": Bounds(0.05, 0.9995, 25.0, None, 0.99, 0.3),
-    "bf16": Bounds(0.1, 0.999, 20.0, None, 0.97, 0.5),
-    "int8-weights": Bounds(0.5, 0.97, 12.0, None, 0.95, 0.5),
-    "int8-dynamic": Bounds(0.5, 0.97, 12.0, None, 0.95, 0.5),
-    "int8-qdq": Bounds(None, None, 12.0, None, 0.95, 0.5),
+    "fp32": Bounds(1e-4, 0.999999, 1e-4, 40.0, 1.0, 1.0, 0.0),
+    "fp16": Bounds(0.05, 0.9995, 0.05, 25.0, None, 0.99, 0.3),
+    "bf16": Bounds(0.1, 0.999, 0.1, 20.0, None, 0.97, 0.5),
+    "int8-weights": Bounds(0.5, 0.97, 0.5, 12.0, None, 0.95, 0.5),
+    "int8-dynamic": Bounds(0.5, 0.97, 0.5, 12.0, None, 0.95, 0.5),
+    "int8-qdq": Bounds(None, 0.7, 0.5, 12.0, None, 0.95, 0.5),
 }
-"""By precision: fp32 differs by the order of its sums; the others' bounds are several times what was measured."""
+"""By precision: fp32 differs by the order of its sums; the others' bounds are several times what was measured.
+
+The cosine of `int8-qdq` is a floor under which no usable graph fell: noise for images, far outside of the calibrated
+range, gave 0.82 on the embedded captioner, and graphs whose int8 weights were lost 0.24 and 0.44.
+"""
 
 _PIXELS_AT_ONCE = 512 * 512
 """Of the images drawn in one batch: attention over more of them would decide what memory an export takes."""
@@ -114,8 +120,8 @@ def demand(records: Sequence[ParityRecord]) -> None:
         first = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise ParityError(
-            f"{first.subject}: {first.measure} is {first.value:.3g} over {first.cases} inputs, the bound is "
-            f"{first.threshold:.3g}{more}; the exported model answers differently from the PyTorch model; export in a "
+            f"{first.subject}: {first.measure} is {first.value:.6g} over {first.cases} inputs, the bound is "
+            f"{first.threshold:.6g}{more}; the exported model answers differently from the PyTorch model; export in a "
             "higher --precision, or report it with the model's name and the versions that 'mi2rage-rt doctor' prints"
         )
 
@@ -335,7 +341,7 @@ def check_classifier(
     # Random samples may lie between two relations: in a lower precision their decisions are for information.
     bound = 1.0 if precision == "fp32" else None
     return [
-        record("classifier", "max_abs_scaled", apart.max_abs_scaled, BOUNDS[precision].max_abs_scaled, len(samples)),
+        record("classifier", "max_abs_scaled", apart.max_abs_scaled, BOUNDS[precision].logits_scaled, len(samples)),
         record("classifier", "decision_agreement", agree, bound, len(samples), least=True),
     ]
 

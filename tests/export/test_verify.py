@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import numpy as np
+import onnx_ir
 import pytest
 from typer.testing import CliRunner
 
@@ -61,6 +62,10 @@ def _command(*arguments):
 def _changed(folder, name, change):
     """Change answers, and let the manifest agree: a fault that hashes cannot show."""
     write_answers(folder, name, {key: change(array) for key, array in read_answers(folder, name).items()})
+    _let_the_manifest_agree(folder)
+
+
+def _let_the_manifest_agree(folder):
     document = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     document["files"] = {file: record.model_dump() for file, record in record_files(folder).items()}
     (folder / MANIFEST_NAME).write_text(json.dumps(document), encoding="utf-8")
@@ -114,6 +119,19 @@ def test_int8_by_calibration_names_what_it_is(measured, exported_bundle):
     assert graph.precision == "int8-qdq"
     whole = (exported_bundle / "classifier" / "classifier.onnx").stat().st_size
     assert (measured / graph.file).stat().st_size < 0.8 * whole
+
+
+def test_int8_by_calibration_is_held_to_a_bound(measured, tmp_path):
+    assert all(record.passed for record in check_bundle(measured))
+    folder = shutil.copytree(measured, tmp_path / "bundle")
+    model = onnx_ir.load(folder / "classifier" / "classifier.onnx")
+    for value in model.graph.initializers.values():
+        if value.dtype == onnx_ir.DataType.INT8 and len(value.shape) == 2:
+            value.const_value = onnx_ir.tensor(np.zeros(value.const_value.shape, np.int8), name=value.name)
+    onnx_ir.save(model, folder / "classifier" / "classifier.onnx")
+    _let_the_manifest_agree(folder)
+    failed = {(record.subject, record.measure) for record in check_bundle(folder) if not record.passed}
+    assert ("classifier/classifier", "cosine") in failed
 
 
 def test_other_data_than_that_of_the_export_are_refused(measured, exported_bundle, data, tmp_path):
