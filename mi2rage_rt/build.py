@@ -148,8 +148,9 @@ def _jobs(folder: Path, manifest: Manifest, settings: BuildSettings, api: TrtApi
     for target in targets.values():
         for name, graph in graphs.items():
             compute_dtype(graph.precision, name)
+            sides = _multiples(manifest, name)
             # Profiles that are the same for this graph would only make its plan larger.
-            own = {str(p): p for p in (completed(profile, graph, name) for profile in profiles)}
+            own = {str(p): p for p in (completed(p, graph, name, multiples=sides) for p in profiles)}
             options = BuildOptions(
                 profiles=tuple(own.values()) or (default_profile(graph),),
                 capabilities=target.capabilities,
@@ -161,6 +162,13 @@ def _jobs(folder: Path, manifest: Manifest, settings: BuildSettings, api: TrtApi
             request = request_for(api, device, graph, graph_sha256_from_manifest(manifest, graph.file), options)
             jobs.append(_Job(name, graph, target, options, request, plan_path(folder, target.name, name)))
     return jobs
+
+
+def _multiples(manifest: Manifest, name: str) -> dict[str, int]:
+    """What the sides of a graph's latents must be multiples of, by axis; the autoencoder takes any."""
+    if manifest.generator is None or not name.startswith(("generator/unet", "generator/denoise_step")):
+        return {}
+    return dict.fromkeys(("height", "width"), manifest.generator.latents.multiple)
 
 
 def _check_place(folder: Path, plan: Path) -> None:
