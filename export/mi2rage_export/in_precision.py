@@ -54,7 +54,8 @@ def export_in_precision(graph: Graph, path: Path, file: str, request: ExportRequ
         demand_finite(lowered.graph, samples[:1])
     spec = export_graph(lowered.graph, path, file, opset_for(lowered.precision, request.opset))
     stays: Precision = lowered.precision if lowered.precision in ("fp16", "bf16") else "fp32"
-    return spec.model_copy(update={"precision": stays, "kept_fp32": lowered.kept})
+    kept = (*lowered.kept, *graph.in_fp32) if stays != "fp32" else lowered.kept
+    return spec.model_copy(update={"precision": stays, "kept_fp32": kept})
 
 
 def quantized(
