@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import platform
 import tempfile
@@ -33,13 +34,15 @@ from mi2rage_engines.plan_cache import Content, PlanCache, default_cache_folder,
 from mi2rage_engines.profiles import ShapeProfile, completed, default_profile, dynamic_axes, profile_from_text
 from mi2rage_engines.spec import GraphSpec
 from mi2rage_engines.trt_api import Device, Target, TrtApi, find_device, open_api, target_from_text
-from mi2rage_engines.trt_attest import compute_dtype
+from mi2rage_engines.trt_attest import compute_dtype, little_int8
 from mi2rage_engines.trt_build import BuildOptions, build_plan
 from mi2rage_engines.trt_monitor import OnProgress
 from mi2rage_rt.extras import version_of
 from mi2rage_rt.progress import Steps, steps
 
 __all__ = ["DEFAULT_CACHE_LIMIT_BYTES", "BuildResult", "BuildSettings", "build_bundle", "plan_path"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_LIMIT_BYTES = 20 * 10**9
 _PLAN, _RECORD, _LOG = "plan", "record.json", "build.log"
@@ -135,6 +138,10 @@ def build_bundle(bundle: Path | str, settings: BuildSettings | None = None) -> l
             else:
                 bar.advance()
             results.append(BuildResult(job.path, job.target.name, record, how))
+    # A graph's own share is the same for every target.
+    for text in dict.fromkeys(little_int8(result.record.attestation, result.record.graph) for result in results):
+        if text is not None:
+            logger.warning("%s", text)
     return results
 
 
