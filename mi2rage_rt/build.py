@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import platform
 import tempfile
@@ -33,13 +34,15 @@ from mi2rage_engines.plan_cache import Content, PlanCache, default_cache_folder,
 from mi2rage_engines.profiles import ShapeProfile, completed, default_profile, dynamic_axes, profile_from_text
 from mi2rage_engines.spec import GraphSpec
 from mi2rage_engines.trt_api import Device, Target, TrtApi, find_device, open_api, target_from_text
-from mi2rage_engines.trt_attest import compute_dtype
+from mi2rage_engines.trt_attest import compute_dtype, little_int8
 from mi2rage_engines.trt_build import BuildOptions, build_plan
 from mi2rage_engines.trt_monitor import OnProgress
 from mi2rage_rt.extras import version_of
 from mi2rage_rt.progress import Steps, steps
 
 __all__ = ["DEFAULT_CACHE_LIMIT_BYTES", "BuildResult", "BuildSettings", "build_bundle", "plan_path"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE_LIMIT_BYTES = 20 * 10**9
 _PLAN, _RECORD, _LOG = "plan", "record.json", "build.log"
@@ -135,6 +138,10 @@ def build_bundle(bundle: Path | str, settings: BuildSettings | None = None) -> l
             else:
                 bar.advance()
             results.append(BuildResult(job.path, job.target.name, record, how))
+    # A graph's own share is the same for every target.
+    for text in dict.fromkeys(little_int8(result.record.attestation, result.record.graph) for result in results):
+        if text is not None:
+            logger.warning("%s", text)
     return results
 
 
@@ -148,8 +155,9 @@ def _jobs(folder: Path, manifest: Manifest, settings: BuildSettings, api: TrtApi
     for target in targets.values():
         for name, graph in graphs.items():
             compute_dtype(graph.precision, name)
+            sides = _multiples(manifest, name)
             # Profiles that are the same for this graph would only make its plan larger.
-            own = {str(p): p for p in (completed(profile, graph, name) for profile in profiles)}
+            own = {str(p): p for p in (completed(p, graph, name, multiples=sides) for p in profiles)}
             options = BuildOptions(
                 profiles=tuple(own.values()) or (default_profile(graph),),
                 capabilities=target.capabilities,
@@ -161,6 +169,13 @@ def _jobs(folder: Path, manifest: Manifest, settings: BuildSettings, api: TrtApi
             request = request_for(api, device, graph, graph_sha256_from_manifest(manifest, graph.file), options)
             jobs.append(_Job(name, graph, target, options, request, plan_path(folder, target.name, name)))
     return jobs
+
+
+def _multiples(manifest: Manifest, name: str) -> dict[str, int]:
+    """What the sides of a graph's latents must be multiples of, by axis; the autoencoder takes any."""
+    if manifest.generator is None or not name.startswith(("generator/unet", "generator/denoise_step")):
+        return {}
+    return dict.fromkeys(("height", "width"), manifest.generator.latents.multiple)
 
 
 def _check_place(folder: Path, plan: Path) -> None:

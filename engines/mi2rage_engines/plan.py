@@ -141,12 +141,16 @@ def _combined(hashes: Mapping[str, str]) -> str:
 
 
 def _belongs(name: str, graph: str) -> bool:
-    # Graphs of one folder may share weights, as a denoising step does those of its UNet.
-    return name.startswith(graph) or name.endswith(".onnx_data")
+    # Only the graphs beside a `model.onnx` share weights: those of the UNet, with its denoising steps.
+    return name.startswith(graph) or name == "model.onnx_data"
 
 
 def graph_sha256(path: Path) -> str:
-    """Hex SHA-256 over an ONNX file and external data: what begins with its name, and all `.onnx_data` beside it."""
+    """Hex SHA-256 over an ONNX file and its external data.
+
+    Those are what begins with its name, and the weights that graphs of one folder share, `model.onnx_data`. Names
+    suffice: a folder's graphs either share that file (a UNet's `model.onnx`, its denoising steps) or have their own.
+    """
     return _combined({file.name: sha256_of(file) for file in path.parent.iterdir() if _belongs(file.name, path.name)})
 
 

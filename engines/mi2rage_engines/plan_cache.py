@@ -86,7 +86,9 @@ def write_content(content: Content, path: Path) -> None:
 
 
 class PlanCache:
-    """Entries of a folder, safe for several processes; the least recently used go when the limit is passed.
+    """Entries of a folder, safe for several processes; the least recently used go when more is there than the limit.
+
+    That is looked at whenever an entry is fetched, so that a lower limit holds from the next call on.
 
     Args:
         folder: made when it is first written to.
@@ -120,6 +122,8 @@ class PlanCache:
             except PermissionError as error:  # not even searched
                 problem = error
             if found is not None:
+                if problem is None:
+                    self._evict(key)
                 yield Fetched(found, was_cached=True)
                 return
             if problem is not None:

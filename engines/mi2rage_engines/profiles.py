@@ -101,21 +101,25 @@ def default_profile(graph: GraphSpec) -> ShapeProfile:
     )
 
 
-def completed(profile: ShapeProfile, graph: GraphSpec, name: str) -> ShapeProfile:
+def completed(
+    profile: ShapeProfile, graph: GraphSpec, name: str, *, multiples: Mapping[str, int] | None = None
+) -> ShapeProfile:
     """`profile` for one graph: axes that the graph lacks are left out, those it says nothing of keep their default.
 
     Args:
         profile: what was asked for; it may be meant for several graphs at once.
         graph: whose `axes` bound what can be asked for. `batch` is not bounded from above: no graph depends on it.
         name: what messages call the graph.
+        multiples: by axis, what its sizes must be multiples of.
 
     Raises:
-        InputError: a size lies outside of what the graph was exported and checked for.
+        InputError: a size lies outside of what the graph was exported and checked for, or is no multiple.
     """
     axes = dict(default_profile(graph).axes)
     for axis in axes:
         if axis in profile.axes:
             _check_allowed(profile, axis, graph, name)
+            _check_multiple(profile, axis, (multiples or {}).get(axis, 1), name)
             axes[axis] = profile.axes[axis]
     return ShapeProfile(axes)
 
@@ -129,6 +133,15 @@ def _check_allowed(profile: ShapeProfile, axis: str, graph: GraphSpec, name: str
         raise InputError(
             f"{name}: the profile {profile} gives axis {axis} {asked.min} to {asked.max}; expected {expected}, what "
             "the graph was exported for; narrow the profile, or export the model with a wider range"
+        )
+
+
+def _check_multiple(profile: ShapeProfile, axis: str, multiple: int, name: str) -> None:
+    asked = profile.axes[axis]
+    if any(size % multiple for size in (asked.min, asked.opt, asked.max)):
+        raise InputError(
+            f"{name}: the profile {profile} gives axis {axis} {asked.min}:{asked.opt}:{asked.max}; expected multiples "
+            f"of {multiple}, for the UNet halves its latents on the way; round the sizes to them"
         )
 
 

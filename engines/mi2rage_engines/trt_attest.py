@@ -34,6 +34,7 @@ __all__ = [
     "layers_from_json",
     "layers_from_log",
     "layers_from_network",
+    "little_int8",
 ]
 
 LEAST_SHARE = 0.9
@@ -233,7 +234,9 @@ def demand(attestation: Attestation, name: str, *, is_mixed: bool, least_share: 
     """Refuse a plan that does not compute in the precision it was asked for; return the attestation otherwise.
 
     Layers are fused, so engine and network are not compared one by one: the engine may hold as many heavy layers of
-    other dtypes as the network, and `1 - least_share` of its own beyond that.
+    other dtypes as the network, and `1 - least_share` of its own beyond that; of int8, where the network's own share
+    may be small, `1 - least_share` of the layers that the network quantises. Those in int8 themselves cannot be counted
+    against each other: TensorRT-RTX makes one layer of several that read the same (queries, keys and values).
 
     Args:
         attestation: of the plan.
@@ -255,7 +258,8 @@ def demand(attestation: Attestation, name: str, *, is_mixed: bool, least_share: 
     counted = attestation.heavy_layers or attestation.layers
     total = sum(counted.values())
     if attestation.heavy_layers:
-        allowed = others + (1 - least_share) * total
+        held = network.get(asked, 0) if asked == "int8" and in_network else total
+        allowed = others + (1 - least_share) * held
     else:
         # Nothing heavy to go by: pointwise layers may rightly compute in a wider type where the graph is mixed.
         allowed = float(total - 1) if is_mixed or in_network else (1 - least_share) * total
@@ -267,6 +271,19 @@ def demand(attestation: Attestation, name: str, *, is_mixed: bool, least_share: 
             "report it with the .log file, or build with another version of it"
         )
     return attestation
+
+
+def little_int8(attestation: Attestation, name: str) -> str | None:
+    """A line for who builds a graph that itself quantises less than half of its heavy layers; None for others."""
+    network = attestation.network_heavy_layers
+    total, found = sum(network.values()), network.get("int8", 0)
+    if attestation.asked != "int8" or 2 * found >= total:
+        return None
+    return (
+        f"{name}: only {found} of its {total} matrix products and convolutions ({found / total:.0%}) are in int8 in "
+        "the graph itself; expected at least half of them; export it again with other --calibration data, or with "
+        f"--precision {name}=fp16"
+    )
 
 
 def _text(counts: Mapping[str, int]) -> str:

@@ -61,6 +61,7 @@ class Graph:
             where axes might be taken for one.
         checked: sizes at which the graph is compared: smallest, usual, largest.
         axes: the range of each dynamic axis of the inputs that engines are built for.
+        in_fp32: what its module computes in fp32 in every precision, as the manifest names it among the kept parts.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Graph:
     traced: Sizes
     checked: tuple[Sizes, ...]
     axes: Mapping[str, AxisRange] = dataclasses.field(default_factory=dict)
+    in_fp32: tuple[str, ...] = ()
 
 
 def random_inputs(graph: Graph, sizes: Sizes, seed: int) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from mi2rage_export.finite import demand_finite
 from mi2rage_export.graphs import Graph, random_inputs
 from mi2rage_export.overflow import find_overflow
 from mi2rage_export.precision import lower, opset_for
-from mi2rage_export.quantize import Quantization, quantize
+from mi2rage_export.quantize import Quantization, Quantized, quantize
 from mi2rage_export.to_onnx import EXTERNAL_SUFFIX, export_graph, save_model
 from mi2rage_rt.noise import seed_from
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mi2rage_engines.engine import Array
     from mi2rage_engines.spec import GraphSpec, Precision
     from mi2rage_export.request import ExportRequest
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["export_in_precision", "quantized"]
 
@@ -54,7 +57,8 @@ def export_in_precision(graph: Graph, path: Path, file: str, request: ExportRequ
         demand_finite(lowered.graph, samples[:1])
     spec = export_graph(lowered.graph, path, file, opset_for(lowered.precision, request.opset))
     stays: Precision = lowered.precision if lowered.precision in ("fp16", "bf16") else "fp32"
-    return spec.model_copy(update={"precision": stays, "kept_fp32": lowered.kept})
+    kept = (*lowered.kept, *graph.in_fp32) if stays != "fp32" else lowered.kept
+    return spec.model_copy(update={"precision": stays, "kept_fp32": kept})
 
 
 def quantized(
@@ -73,10 +77,26 @@ def quantized(
     draft = path.with_name(f"int8-{path.name}")
     bound = _LARGEST_ERROR if samples else None
     found = quantize(path, draft, Quantization(precision, samples=samples, max_error=bound, keep=keep))
+    _warn_of_little(spec.file.removesuffix(".onnx"), found, keep)
     for old in (path, path.with_name(path.name + EXTERNAL_SUFFIX)):
         old.unlink(missing_ok=True)
     _rename(draft, path)
     return spec.model_copy(update={"precision": found.precision, "kept_fp32": found.kept})
+
+
+def _warn_of_little(name: str, found: Quantized, keep: tuple[str, ...]) -> None:
+    """Say it where calibration left less than half of the layers in int8; those that the user keeps are no surprise."""
+    done, left = len(found.layers), len(set(found.kept) - set(keep))
+    if left > done:
+        logger.warning(
+            "%s: only %d of its %d layers that could be (%.0f%%) are in %s, the others would lose too much; expected "
+            "at least half; give other --calibration data, or this graph another --precision",
+            name,
+            done,
+            done + left,
+            100 * done / (done + left),
+            found.precision,
+        )
 
 
 def _rename(draft: Path, path: Path) -> None:

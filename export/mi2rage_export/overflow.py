@@ -27,7 +27,7 @@ from mi2rage_export.reference import Array
 if TYPE_CHECKING:
     from mi2rage_export.graphs import Graph
 
-__all__ = ["LARGEST", "SAFE_SHARE", "WHOLE", "find_overflow", "outermost"]
+__all__ = ["LARGEST", "SAFE_SHARE", "WHOLE", "find_overflow", "known_parts", "outermost"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,12 @@ def outermost(names: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _from_user(graph: Graph, keep: Iterable[str]) -> set[str]:
+def known_parts(graph: Graph, keep: Iterable[str]) -> set[str]:
+    """The names as a set.
+
+    Raises:
+        InputError: one of them is no submodule of the graph's module.
+    """
     named = set(keep)
     known = {name for name, _ in graph.module.named_modules() if name}
     unknown = sorted(named - known - {WHOLE})
@@ -196,7 +201,7 @@ def find_overflow(
     """
     cases = list(samples)
     limit = share * LARGEST
-    kept = _from_user(graph, keep) | _with_large_weights(graph)
+    kept = known_parts(graph, keep) | _with_large_weights(graph)
     borders: dict[str, float] = {}
     calls = _observe(graph, cases, kept, rounding=False)
     for call in calls:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from mi2rage_engines.spec import Precision, TensorSpec
 from mi2rage_export.graphs import Graph, Input
-from mi2rage_export.overflow import WHOLE, outermost
+from mi2rage_export.overflow import WHOLE, known_parts, outermost
 from mi2rage_export.request import OPSET
 
 __all__ = ["BF16_OPSET", "Lowered", "lower", "opset_for"]
@@ -58,11 +58,14 @@ def lower(graph: Graph, precision: Precision, *, keep: Iterable[str] = ()) -> Lo
         graph: in fp32.
         precision: to convert to.
         keep: submodules that stay in fp32, inputs and outputs cast at their borders; see `overflow.find_overflow`.
+
+    Raises:
+        InputError: `keep` names a submodule that is not there.
     """
-    kept = outermost(keep)
     dtype = _DTYPES.get(precision)
     if dtype is None:
         return Lowered(graph, precision)
+    kept = outermost(known_parts(graph, keep))
     if WHOLE in kept:
         return Lowered(graph, "fp32", kept)
     _convert(graph.module, dtype, kept)

@@ -90,10 +90,10 @@ class ExportRequest:
         return (*self.keep_fp32.get(graph, ()), *self.keep_fp32.get(graph.partition("/")[2], ()))
 
     def check_names(self, graphs: Sequence[str]) -> None:
-        """Refuse precisions for graphs that are not among those exported.
+        """Refuse precisions and parts of graphs that are not among those exported, and parts of graphs in fp32 anyway.
 
         Raises:
-            InputError: naming those that are.
+            InputError: naming those that are, or what to do.
         """
         known = {
             "",
@@ -101,10 +101,26 @@ class ExportRequest:
             *(graph.partition("/")[0] for graph in graphs),
             *(graph.partition("/")[2] for graph in graphs),
         }
-        for what, names in (("precision", self.precisions), ("keep in fp32", self.keep_fp32)):
-            if unknown := sorted(set(names) - known):
+        if unknown := sorted(set(self.precisions) - known):
+            raise InputError(
+                f"precision of {unknown[0]!r}: no such graph here; expected one of {', '.join(sorted(known - {''}))}; "
+                "name one of them"
+            )
+        self._check_parts(graphs)
+
+    def _check_parts(self, graphs: Sequence[str]) -> None:
+        # A role's graphs have different parts: what a role was given would be in none, or in one by accident.
+        named = {*graphs, *(graph.partition("/")[2] for graph in graphs)}
+        if unknown := sorted(set(self.keep_fp32) - named):
+            raise InputError(
+                f"keep in fp32 of {unknown[0]!r}: no such graph here; expected one of {', '.join(graphs)}; name one of "
+                "them"
+            )
+        for graph in graphs:
+            if self.kept_parts(graph) and self.precision_of(graph) == "fp32":
                 raise InputError(
-                    f"{what} of {unknown[0]!r}: no such graph here; expected one of {', '.join(sorted(known - {''}))}"
+                    f"keep in fp32 of {graph}: came with {', '.join(self.kept_parts(graph))}; expected a graph in a "
+                    f"lower precision, and all of this one is in fp32; give --precision {graph}=fp16, or leave it out"
                 )
 
 

@@ -15,10 +15,14 @@ from mi2rage_engines.errors import InputError
 from mi2rage_engines.spec import AxisRange, ImagePreprocessing
 from mi2rage_export.graphs import Graph, Input, below
 
-__all__ = ["IMAGE_PX", "WithPreprocessing", "with_preprocessing"]
+__all__ = ["IMAGE_PX", "PART", "WithPreprocessing", "with_preprocessing"]
 
 IMAGE_PX = AxisRange(min=1, opt=480, max=1024)
 """Image sides that engines are built for; the runtime shrinks larger images before the graph."""
+
+
+PART = "preprocessing"
+"""Among the parts that the manifest says are kept in fp32: the products that resize."""
 
 
 def _levels(values: Tensor) -> Tensor:
@@ -92,4 +96,5 @@ def with_preprocessing(graph: Graph, spec: ImagePreprocessing, image_px: AxisRan
         traced={**graph.traced, "image_height": 11, "image_width": 13},
         checked=tuple({**case, "image_height": height, "image_width": width} for case, (height, width) in cases),
         axes={**graph.axes, "image_height": image_px, "image_width": image_px},
+        in_fp32=(*graph.in_fp32, PART),
     )

@@ -32,7 +32,8 @@ def load_models(request: ExportRequest) -> Models:
     """Load what is to be exported, and see that the samples given with it can be used.
 
     Raises:
-        InputError: two models for one role, a static cache for no captioner, or feature caching for no generator.
+        InputError: two models for one role, a static cache or preprocessing for no captioner, or feature caching for no
+            generator.
         DataError: samples that cannot be read, or do not fit the models.
         ModelFolderError: a folder or hub id that cannot be loaded, or whose files do not belong together.
     """
@@ -42,6 +43,11 @@ def load_models(request: ExportRequest) -> Models:
         raise InputError(
             f"static cache: came with {', '.join(sorted(roles))} alone; expected a captioner, whose decoder it is for; "
             "give --captioner, or leave --static-cache out"
+        )
+    if request.preprocess_in_graph and "captioner" not in roles:
+        raise InputError(
+            f"preprocess in graph: came with {', '.join(sorted(roles))} alone; expected a captioner, whose images it "
+            "is for; give --captioner, or leave --preprocess-in-graph out"
         )
     if request.feature_cache and "generator" not in roles:
         raise InputError(

@@ -178,4 +178,5 @@ def test_weights_that_another_graph_brings_count_too(tmp_path: Path) -> None:
     weights.write_bytes(b"wEights")
     second = graph_sha256(step)
     (tmp_path / "model.onnx").write_bytes(b"another graph")
+    (tmp_path / "decoder.onnx_data").write_bytes(b"weights of another graph")
     assert first != second == graph_sha256(step)

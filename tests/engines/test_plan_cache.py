@@ -124,6 +124,14 @@ def test_what_was_just_written_or_is_in_use_stays(tmp_path: Path, caplog: pytest
     assert entries(cache) == ["c"]
 
 
+def test_a_lower_limit_holds_from_the_next_hit_on(tmp_path: Path) -> None:
+    for age, key in zip((100, 300, 200), KEYS, strict=False):
+        put(PlanCache(tmp_path, 10_000), key, b"x" * 1000, age)
+    with PlanCache(tmp_path, 2500).fetch(KEYS[1], never) as fetched:
+        assert in_memory(fetched.files)["plan"] == b"x" * 1000
+        assert entries(PlanCache(tmp_path, 2500)) == ["a", "b"]
+
+
 def test_drafts_of_killed_builders_go(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path, 10**6)
     for key in KEYS[:2]:

@@ -76,6 +76,13 @@ def test_sizes_outside_of_the_allowed(text: str, words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_sizes_that_are_no_multiples() -> None:
+    profile = profile_from_text("past=1:2:4")
+    assert completed(profile, DECODER, "g", multiples={"batch": 3}).axes["past"].opt == 2
+    with pytest.raises(InputError, match=r"g: the profile .* gives axis past 1:2:4; expected multiples of 2"):
+        completed(profile, DECODER, "g", multiples={"past": 2})
+
+
 def test_shapes() -> None:
     profile = default_profile(DECODER)
     assert shapes_of(profile, PAST, "d") == ((2, 1, 4, 0, 16), (2, 2, 4, 4, 16), (2, 8, 4, 15, 16))

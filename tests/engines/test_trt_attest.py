@@ -8,7 +8,15 @@ import pytest
 from mi2rage_engines.errors import EngineError, InputError
 from mi2rage_engines.profiles import default_profile
 from mi2rage_engines.trt_api import open_api
-from mi2rage_engines.trt_attest import Layer, attest, compute_dtype, demand, layers_from_json, layers_from_log
+from mi2rage_engines.trt_attest import (
+    Layer,
+    attest,
+    compute_dtype,
+    demand,
+    layers_from_json,
+    layers_from_log,
+    little_int8,
+)
 from mi2rage_engines.trt_build import BuildOptions, build_plan
 from mi2rage_engines.trt_monitor import LogLine
 from tests.engines.trt_graphs import products, quantised
@@ -106,6 +114,29 @@ def test_what_is_refused(network: list[Layer], built: list[Layer], is_mixed: boo
     with pytest.raises(EngineError) as caught:
         demand(attest("fp16", "inspector", built, network), "g/h", is_mixed=is_mixed)
     assert words in str(caught.value) and "g/h: fp16 was asked for" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("int8", "fp32", "is_granted"),
+    [(10, 4, True), (4, 4, True), (9, 5, True), (8, 6, False), (0, 4, False)],
+)
+def test_int8_is_held_to_what_the_graph_quantises(int8: int, fp32: int, is_granted: bool) -> None:
+    network = heavy("int8", 13) + heavy("fp32", 4)
+    attestation = attest("int8", "build log", heavy("int8", int8) + heavy("fp32", fp32), network)
+    if is_granted:
+        assert demand(attestation, "g", is_mixed=True) is attestation
+    else:
+        with pytest.raises(EngineError, match="expected at least 90% in int8"):
+            demand(attestation, "g", is_mixed=True)
+
+
+def test_a_graph_that_is_hardly_int8_is_said() -> None:
+    def said(int8: int, fp32: int) -> str | None:
+        layers = heavy("int8", int8) + heavy("fp32", fp32)
+        return little_int8(attest("int8", "build log", layers, layers), "captioner/decoder")
+
+    assert said(13, 13) is None
+    assert "captioner/decoder: only 2 of its 26 matrix products and convolutions (8%) are in int8" in str(said(2, 24))
 
 
 def test_tensorrt_rtx_tells_what_it_built(tmp_path: Path) -> None:

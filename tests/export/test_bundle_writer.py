@@ -263,6 +263,14 @@ def test_the_command_prints_a_summary_or_the_manifest(exported_bundle, manifest,
         ({"opset": 26}, "opset 26: expected 18 to 25"),
         ({"precisions": {"": "int8-qdq"}}, "give samples with --calibration"),
         ({"precisions": {"unet": "fp16"}}, "precision of 'unet': no such graph here; expected one of captioner"),
+        (
+            {"precisions": {"": "fp16"}, "keep_fp32": {"captioner": ("vision_model",)}},
+            "keep in fp32 of 'captioner': no such graph here; expected one of captioner/vision, captioner/decoder",
+        ),
+        (
+            {"precisions": {"vision": "fp32", "": "fp16"}, "keep_fp32": {"vision": ("nonsense",)}},
+            "keep in fp32 of captioner/vision: came with nonsense; expected a graph in a lower precision",
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(tiny_captioner, tmp_path, fields, message):

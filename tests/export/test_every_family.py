@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -21,6 +22,7 @@ MEMBERS = {
     "latent-consistency": ("generator", build_lcm),
     "blip": ("captioner", build_captioner),
     "vision-encoder-decoder": ("captioner", build_encoder_decoder),
+    "blip, preprocessing": ("captioner", build_captioner),
     "relation-classifier": ("classifier", build_classifier),
 }
 SAMPLER = {"latents", "coefficients", "guidance", "noise", "next_latents"}
@@ -29,15 +31,17 @@ TARGETS = "sm80+sm86+sm89+sm120"
 
 
 def test_every_family_is_here():
-    assert {family.name for family in families()} == set(MEMBERS)
+    assert {family.name for family in families()} == {name.partition(",")[0] for name in MEMBERS}
 
 
 @pytest.fixture(scope="module", params=MEMBERS, ids=str)
 def bundle(request, tmp_path_factory):
     role, make = MEMBERS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param.replace(", ", "-"))
+    prepares = request.param.endswith("preprocessing")
     make(folder / "model")
     request = ExportRequest(**{role: folder / "model"}, precisions={"": "fp16"}, feature_cache=role == "generator")
+    request = dataclasses.replace(request, preprocess_in_graph=prepares)
     export_bundle(folder / "bundle", request)
     return folder / "bundle"
 
@@ -52,6 +56,9 @@ def test_fp16_holds_its_bounds(bundle):
     for name, graph in manifest.graphs.items():
         floats = {tensor.name: tensor.dtype for tensor in (*graph.inputs, *graph.outputs) if "float" in tensor.dtype}
         in_fp32 = {"timestep"} | (SAMPLER if name.startswith("generator/denoise_step") else set())
+        if "image" in {tensor.name for tensor in graph.inputs}:
+            assert graph.kept_fp32 == ("preprocessing",)
+            in_fp32 |= {"rows", "columns"}
         assert {dtype for tensor, dtype in floats.items() if tensor not in in_fp32} == {"float16"}
 
 
@@ -65,4 +72,5 @@ def test_tensorrt_builds_and_attests_it(bundle, tmp_path, monkeypatch):
     for result in results:
         attested = result.record.attestation
         print(f"{result.path.stem}: {attested.share:.0%} of {sum(attested.layers.values())} layers in fp16")
-        assert attested.share >= 0.9
+        least = 0.5 if result.record.request.is_mixed else 0.9
+        assert attested.share >= least

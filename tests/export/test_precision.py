@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mi2rage_engines.errors import InputError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import TensorSpec
 from mi2rage_export.bf16 import widen_bfloat16
@@ -94,6 +95,12 @@ def test_fp16_takes_and_gives_float16_but_for_the_time_step(tmp_path: Path) -> N
     kinds = {item.name: item.data_type for item in onnx.load(path).graph.initializer}
     assert kinds["block.bias"] == onnx.TensorProto.FLOAT
     assert kinds["first.bias"] == onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_part_that_is_not_there_is_refused(precision: str) -> None:
+    with pytest.raises(InputError, match=r"has no submodule nonsense; it has .*block.*name one of its submodules"):
+        lower(step_graph(), precision, keep=("nonsense",))
 
 
 def test_bf16_takes_and_gives_float32_and_is_a_valid_graph(tmp_path: Path) -> None:

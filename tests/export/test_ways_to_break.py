@@ -207,6 +207,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "precision twice": (("--classifier", "CLASSIFIER", *("--precision", "fp16") * 2), ("was given before",)),
     "scales from nothing": (("--classifier", "CLASSIFIER", "--precision", "int8-qdq"), ("give samples", "--calib")),
     "part without a graph": (("--classifier", "CLASSIFIER", "--keep-fp32", "head"), ("GRAPH=PART",)),
+    "preprocessing of no captioner": (
+        ("--classifier", "CLASSIFIER", "--preprocess-in-graph"),
+        ("preprocess in graph: came with classifier alone", "give --captioner"),
+    ),
     "sampler": (("--generator", "GENERATOR", "--scheduler", "heun"), ("'heun'", "euler-ancestral")),
     "random weights": (("--random-weights", "sd16"), ("'sd16'", "sd15")),
     "two for one role": (("--generator", "GENERATOR", "--random-weights", "sdxl"), ("a generator already",)),

@@ -28,6 +28,7 @@ IMPORTS = {  # where it is not the distribution's own name
     "mlcommons-loadgen": "mlperf_loadgen",
     "onnxruntime-gpu": "onnxruntime",
     "pillow": "PIL",
+    "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }
 

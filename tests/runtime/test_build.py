@@ -362,6 +362,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown graph": (("--target", "sm89", "--graph", "vae"), "no graph vae"),
     "unknown axis": (("--target", "sm89", "--profile", "hight=4"), "no graph has an axis hight"),
     "impossible profile": (("--target", "sm89", "--profile", "batch=4:2:1"), "min <= opt <= max"),
+    "profile of no multiple": (("--target", "sm89", "--profile", "height=3:5:7"), "expected multiples of 2"),
     "profile beyond TensorRT": (("--target", "sm89", "--profile", "batch=1:4:3000000000"), "at most 2147483647"),
 }
 

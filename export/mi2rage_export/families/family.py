@@ -20,7 +20,7 @@ class Family:
     """Models that are exported alike.
 
     Attributes:
-        name: e.g. `stable-diffusion`; stands in the manifest.
+        name: e.g. `stable-diffusion`, for messages and tests; it stands in no file.
         role: which of the three protocols its members fulfil.
         fits: whether a loaded model (`TorchGenerator`, `TorchCaptioner`, `LoadedClassifier`) is of the family.
         graphs: its graphs; refuses a member that the runtime could not run, before anything is traced.
