@@ -76,12 +76,19 @@ class RuntimeClassifier:
         self._wanted = frozenset(tensor.name for tensor in self._engine.inputs)
         self._sees_images = self._image is not None or "pixel_values" in self._wanted
 
-    def logits(self, samples: Sequence[Sample], images: Sequence[Image | None]) -> NDArray[np.float32]:
+    def logits(
+        self,
+        samples: Sequence[Sample],
+        images: Sequence[Image | None],
+        firsts: Sequence[int | None] | None = None,
+    ) -> NDArray[np.float32]:
         """Unnormalised log-probabilities.
 
         Args:
             samples: sentences with their mentions.
             images: uint8 `(H, W, 3)` each, or None where there is none.
+            firsts: which images are equal, as `distinct_images` says it; by default it is looked for, with all of them
+                in memory. Where it is given, those of one batch are.
 
         Returns:
             float32 `(B, len(labels))`, in the order given.
@@ -95,7 +102,8 @@ class RuntimeClassifier:
         rows = self._tokenizer.rows(samples)
         lengths = [len(row.ids) for row in rows]
         result = np.empty((len(rows), len(self.labels)), dtype=np.float32)
-        firsts = distinct_images(images if self._sees_images else [None] * len(images))
+        if firsts is None or not self._sees_images:
+            firsts = distinct_images(images if self._sees_images else [None] * len(images))
         for group in image_groups(lengths, firsts, self.batch_size):
             shown = self._shown([images[place] for place in group.images])
             ascending = [lengths[row] for row in group.rows]

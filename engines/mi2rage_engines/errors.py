@@ -8,6 +8,7 @@ Mi2rageError                  exit code 1: the work could not be done
 │   ├── BundleError           a bundle that is not whole or does not fit
 │   └── MissingExtraError     a package that an optional extra would install
 ├── EngineError               a graph that cannot be loaded or run
+│   └── OutsideProfileError   sizes that a plan was not built for
 └── ParityError               an export that differs too much from PyTorch
 ```
 
@@ -27,6 +28,7 @@ __all__ = [
     "Mi2rageError",
     "MissingExtraError",
     "ModelFolderError",
+    "OutsideProfileError",
     "ParityError",
     "require",
 ]
@@ -78,6 +80,10 @@ class MissingExtraError(InputError):
 
 class EngineError(Mi2rageError):
     """A graph cannot be loaded, or does not take what it was given."""
+
+
+class OutsideProfileError(EngineError):
+    """Inputs are of sizes that a plan was not built for."""
 
 
 class ParityError(Mi2rageError):

@@ -48,6 +48,8 @@ class EngineOpener:
         providers: ONNX Runtime's, in order of preference, in place of a backend.
         threads: CPU threads of one operator.
         device_memory_limit_bytes: what each graph on ONNX Runtime's CUDA may take; plans take what they were built for.
+        frugal: see `OrtEngine`.
+        is_strict: refuse too that the first of `providers` does not start; by default the next one runs the graph.
 
     Raises:
         InputError: the backend lacks a package or a GPU, or came with providers.
@@ -62,11 +64,14 @@ class EngineOpener:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         device_memory_limit_bytes: int | None = None,
+        frugal: bool = False,
+        is_strict: bool = False,
     ) -> None:
         self._folder, self._manifest = folder, manifest
         self._backend = backend_from_text(backend)
         self._providers, self._threads = tuple(providers or ()), threads
         self._device_memory_limit_bytes = device_memory_limit_bytes
+        self._frugal, self._is_strict = frugal, is_strict
         if self._providers and self._backend is not BackendName.AUTO:
             raise InputError(
                 f"backend {backend}: came with the providers {', '.join(self._providers)}; expected one of the two, "
@@ -108,21 +113,29 @@ class EngineOpener:
         choice = self.choice(name)
         logger.info("%s: %s", name, choice.sentence)
         if choice.plan is None:
-            return self._on_onnxruntime(file, choice)
+            return self.on_onnxruntime(file, choice)
         api = self._apis[Backend(str(choice.backend))]
         graph, present = self._manifest.graphs[name], self._present(name, api)
         return TrtEngine(choice.plan, graph, api, default_cuda(), present=present)
 
-    def _on_onnxruntime(self, file: Path, choice: Choice) -> OrtEngine:
+    def on_onnxruntime(self, file: Path, choice: Choice) -> OrtEngine:
+        """Load an ONNX file, of the bundle or made from it, with the providers of a choice.
+
+        Raises:
+            EngineError: it cannot be loaded, or what was asked for could not start.
+        """
         engine = OrtEngine(
             file,
             providers=choice.providers,
             threads=self._threads,
             device_memory_limit_bytes=self._device_memory_limit_bytes,
+            frugal=self._frugal,
         )
-        if choice.backend is self._backend and engine.providers[0] != choice.providers[0]:
+        is_named = choice.backend is self._backend or (self._is_strict and bool(self._providers))
+        if is_named and engine.providers[0] != choice.providers[0]:
+            asked = f"backend {choice.backend}" if choice.backend else f"provider {choice.providers[0]}"
             raise EngineError(
-                f"backend {choice.backend}: {choice.providers[0]} could not start, and onnxruntime went to "
+                f"{asked}: {choice.providers[0]} could not start, and onnxruntime went to "
                 f"{engine.providers[0]}; expected CUDA's libraries as this onnxruntime wants them; "
                 "pip install --force-reinstall 'mi2rage-rt[gpu]', or give --backend auto"
             )

@@ -14,7 +14,7 @@ import numpy as np
 
 from mi2rage_engines.cuda import Cuda, CudaArray, CudaEvent, CudaGraph
 from mi2rage_engines.engine import NOTHING, Array, DeviceArray, check_buffer, checked_array, checked_inputs
-from mi2rage_engines.errors import EngineError
+from mi2rage_engines.errors import EngineError, OutsideProfileError
 from mi2rage_engines.plan import Present, check_plan, read_record
 from mi2rage_engines.profiles import ShapeProfile, misfit
 from mi2rage_engines.spec import GraphSpec, TensorSpec
@@ -161,7 +161,7 @@ class TrtEngine:
         ]
         if not fitting:
             held = " or ".join(map(str, self._profiles))
-            raise EngineError(
+            raise OutsideProfileError(
                 f"{self.name}: {misfit(self._profiles, self.inputs, shapes)}; expected what it was built for, {held}; "
                 "give such shapes, or build the plan again with a wider --profile"
             )

@@ -219,7 +219,7 @@ class _Writer:
             data=self.request.verify,
             images=self.request.images,
             limit=self.request.limit,
-        )
+        ).records
         parity.demand(self.records)
         bar.advance()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from mi2rage_engines.engine import Array, Engine, HostEngine
 from mi2rage_engines.errors import DataError
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import TensorSpec
+from mi2rage_export.given_data import first_equal_images
 from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.captioner import CaptionOptions
 from mi2rage_rt.noise import seed_from
@@ -73,11 +75,12 @@ def inputs_of_graphs(folder: Path, manifest: Manifest, role: str, data: GivenDat
         samples = data.samples[:_SENTENCES]
         bundle.generator().generate([item.text for item in samples], [seed_from("calibration", s.id) for s in samples])
     elif role == "captioner":
-        images = [image for image in data.images if image is not None][:_IMAGES]
+        images = list(itertools.islice((image for image in data.images if image is not None), _IMAGES))
         if not images:
             raise DataError(f"{data.file}: no sample has an image; expected some to calibrate the captioner with")
         for static in (False, True) if "decoder_static" in spec.graphs else (False,):
             bundle.captioner(CaptionOptions(static_cache=static)).caption(images)
     else:
-        bundle.classifier(batch_size=8).logits(data.samples[:_ROWS], data.images[:_ROWS])
+        shown = data.images[:_ROWS]
+        bundle.classifier(batch_size=8).logits(data.samples[:_ROWS], shown, first_equal_images(shown))
     return calls

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mi2rage_rt.backend_option import BackendOption
+
 if TYPE_CHECKING:
     from mi2rage_engines.bundle import ParityRecord
 
@@ -116,6 +118,7 @@ def verify(
     component: Annotated[
         list[str] | None, typer.Option(help="generator, captioner or classifier; by default all; repeatable.")
     ] = None,
+    backend: BackendOption = "auto",
     provider: Annotated[
         list[str] | None, typer.Option("--provider", help="ONNX Runtime provider, in order of preference; repeatable.")
     ] = None,
@@ -127,20 +130,28 @@ def verify(
     from mi2rage_export.verify import check_in_process
     from mi2rage_rt.console import write_json
 
-    records = check_in_process(
+    checks = check_in_process(
         bundle,
         components=component or (),
+        backend=backend,
         providers=provider,
         threads=threads,
         data=data,
         images=images,
         limit=limit,
     )
+    records = checks.records
     if as_json:
-        write_json({"bundle": str(bundle), "parity": [record.model_dump() for record in records]})
+        found = [record.model_dump() for record in records]
+        write_json({"bundle": str(bundle), "ran_on": checks.ran_on, "left_out": checks.left_out, "parity": found})
     else:
-        typer.echo(f"{bundle}: {sum(record.passed for record in records)} of {len(records)} figures hold")
+        typer.echo(
+            f"{bundle}: {sum(record.passed for record in records)} of {len(records)} figures hold, "
+            f"on {', '.join(sorted(set(checks.ran_on.values())))}"
+        )
         _print_parity(records)
+        for name, why in checks.left_out.items():
+            typer.echo(f"  {name}: left out: {why}")
     parity.demand(records)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ __all__ = ["record_component", "record_data", "record_graph"]
 
 _PROMPTS = ("", "a photo of a dog", "two men near a red car in the park", "RT @news: what a game! #team")
 _PREFIXES = ("", "a photo of")
+_ROWS = 64
+"""Samples of one batch of given data."""
 _LARGE_CELLS = 32 * 32
 """Latent cells above which a generator is asked for two images of four steps: minutes, not hours, on a CPU."""
 
@@ -143,6 +146,14 @@ def _classifier(model: LoadedClassifier, folder: Path, seed: int) -> ClassifierR
     return ClassifierReference(seed=seed, samples=count)
 
 
+def _logits(model: LoadedClassifier, data: GivenData) -> NDArray[np.float32]:
+    """Of all samples, with the images of one batch in memory."""
+    batches = [slice(start, start + _ROWS) for start in range(0, len(data.samples), _ROWS)]
+    return np.concatenate(
+        [model.logits(data.samples[batch], list(data.images[batch]), batch_size=_ROWS) for batch in batches]
+    )
+
+
 def record_data(models: dict[str, Any], data: GivenData, folder: Path) -> DataReference:
     """What the models make of given samples: logits of all, captions of 32 images, images of 4 sentences.
 
@@ -154,9 +165,9 @@ def record_data(models: dict[str, Any], data: GivenData, folder: Path) -> DataRe
     answers: dict[str, Any] = {}
     fields: dict[str, Any] = {"file": data.file.name, "sha256": sha256_of(data.file), "rows": len(data.samples)}
     if "classifier" in models:
-        answers["logits"] = models["classifier"].logits(data.samples, data.images)
+        answers["logits"] = _logits(models["classifier"], data)
     if "captioner" in models:
-        shown = [image for image in data.images if image is not None][:32]
+        shown = list(itertools.islice((image for image in data.images if image is not None), 32))
         fields |= {"images": len(shown), "captions": tuple(models["captioner"].caption(shown) if shown else ())}
     if "generator" in models:
         generator = _in_few_steps(models["generator"])

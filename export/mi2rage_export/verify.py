@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import json
+import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +21,19 @@ import numpy as np
 
 from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest, sha256_of
 from mi2rage_engines.engine import Engine
-from mi2rage_engines.errors import BundleError, DataError, EngineError, InputError, Mi2rageError
-from mi2rage_engines.ort_engine import OrtEngine, default_providers
+from mi2rage_engines.errors import (
+    BundleError,
+    DataError,
+    EngineError,
+    InputError,
+    Mi2rageError,
+    OutsideProfileError,
+)
+from mi2rage_engines.open_engine import EngineOpener
+from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import GraphSpec, Precision
 from mi2rage_export import parity
-from mi2rage_export.given_data import GivenData, read_data
+from mi2rage_export.given_data import GivenData, first_equal_images, read_data
 from mi2rage_export.reference import DataReference, read_answers, read_references
 from mi2rage_rt.bundle import Bundle
 from mi2rage_rt.noise import seed_from
@@ -29,34 +41,58 @@ from mi2rage_rt.noise import seed_from
 if TYPE_CHECKING:
     from mi2rage_export.reference import CaptionerReference, References
 
-__all__ = ["check_bundle", "check_in_process"]
+__all__ = ["Checks", "check_bundle", "check_in_process"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checks:
+    """What a check found.
+
+    Attributes:
+        records: the figures.
+        ran_on: by graph what really ran it: ONNX Runtime's provider, or `tensorrt plan sm89`.
+        left_out: by graph or component what was not checked, as it lies outside of its plan's profiles.
+    """
+
+    records: list[ParityRecord]
+    ran_on: dict[str, str] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_bundle(
     folder: Path,
     *,
     components: Sequence[str] = (),
+    backend: str = "auto",
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     data: GivenData | None = None,
-) -> list[ParityRecord]:
+) -> Checks:
     """Check the graphs and components of a bundle against the reference cases it holds.
 
     Args:
         folder: the bundle.
         components: which; by default all.
-        providers: ONNX Runtime's; by default CUDA where it is there, then the CPU.
+        backend: what runs the graphs, as for `Bundle.open`; with a plan for it, the plan is checked.
+        providers: ONNX Runtime's, in place of a backend; the first must start.
         threads: CPU threads of one operator.
         data: the samples that it was exported with (`export --verify`), to measure the task's own figures again.
 
     Raises:
         BundleError: the bundle is not whole, lacks a component, or holds no reference cases.
         DataError: `data` is not what the bundle was exported with.
-        EngineError: a graph cannot be loaded or run.
+        InputError: the backend or a provider cannot be had here, or both came.
+        EngineError: a graph cannot be loaded or run, or not on what was asked for; or nothing could be checked.
     """
     manifest = open_manifest(folder)
     with tempfile.TemporaryDirectory(prefix="mi2rage-verify-") as scratch:
-        bundle = Bundle(folder, manifest, _opener(manifest, folder, Path(scratch), providers, threads))
+        opener = EngineOpener(
+            folder, manifest, backend, providers=providers, threads=threads, frugal=True, is_strict=True
+        )
+        checks = Checks([])
+        bundle = Bundle(folder, manifest, _noting(opener, manifest, folder, Path(scratch), checks.ran_on))
         if unknown := sorted(set(components) - set(bundle.components)):
             raise BundleError(
                 f"{folder}: has no component {', '.join(unknown)}; expected some of {', '.join(bundle.components)}; "
@@ -64,15 +100,34 @@ def check_bundle(
             )
         references = read_references(folder)
         chosen = tuple(name for name in bundle.components if not components or name in components)
-        records: list[ParityRecord] = []
         for name, spec in manifest.graphs.items():
             if name.partition("/")[0] in chosen:
-                records += _check_graph(bundle, name, spec, references)
+                found = _check_graph(bundle, name, spec, references)
+                checks.records.extend(found)
+                of = len(references.graphs[name].cases)
+                if without := of - (found[0].cases if found else 0):
+                    checks.left_out[name] = f"{without} of {of} cases are outside of the plan's profiles"
         for role in chosen:
-            records += _check_component(bundle, role, references)
+            with _leaving_out(role, checks):
+                checks.records.extend(_check_component(bundle, role, references))
         if data is not None:
-            records += _check_data(bundle, chosen, references.data, data)
-        return records
+            with _leaving_out("data", checks):
+                checks.records.extend(_check_data(bundle, chosen, references.data, data))
+        if chosen and not checks.records:
+            raise EngineError(
+                f"{folder}: every reference case is outside of the plans' profiles; expected some inside; build the "
+                "plans again with a wider --profile, or give --backend ort-cuda"
+            )
+        return checks
+
+
+@contextlib.contextmanager
+def _leaving_out(name: str, checks: Checks) -> Iterator[None]:
+    """Note what a plan was not built for, and go on."""
+    try:
+        yield
+    except OutsideProfileError as error:
+        checks.left_out[name] = str(error)
 
 
 def _check_graph(bundle: Bundle, name: str, spec: GraphSpec, references: References) -> list[ParityRecord]:
@@ -80,26 +135,33 @@ def _check_graph(bundle: Bundle, name: str, spec: GraphSpec, references: Referen
     return parity.check_graph(engine, name, spec, references.graphs[name], bundle.folder)
 
 
-def _opener(
-    manifest: Manifest, folder: Path, scratch: Path, providers: Sequence[str] | None, threads: int | None
+def _noting(
+    opener: EngineOpener, manifest: Manifest, folder: Path, scratch: Path, ran_on: dict[str, str]
 ) -> Callable[[Path], Engine]:
-    """What loads a graph. ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights.
+    """What loads a graph, and notes where it runs.
 
-    Frugal: the largest of many sizes decides the peak of memory, and no time is measured here.
+    ONNX Runtime has no bf16 on CPUs: there such a graph is run in fp32, with its weights.
     """
-    chosen = tuple(providers or default_providers())
-    on_cpu = chosen[0] == "CPUExecutionProvider"
-    widened = {folder / graph.file for graph in manifest.graphs.values() if graph.precision == "bf16" and on_cpu}
+    names = {folder / graph.file: name for name, graph in manifest.graphs.items()}
 
     def open_engine(file: Path) -> Engine:
-        if file in widened:
+        name = names[file]
+        choice = opener.choice(name)
+        engine: Engine
+        if manifest.graphs[name].precision == "bf16" and choice.providers[:1] == ("CPUExecutionProvider",):
             from mi2rage_export.bf16 import widen_bfloat16
 
             copy = scratch / "-".join(file.relative_to(folder).parts)
             if not copy.exists():
                 widen_bfloat16(file, copy)
-            file = copy
-        return OrtEngine(file, providers=chosen, threads=threads, frugal=True)
+            engine = opener.on_onnxruntime(copy, choice)
+        else:
+            engine = opener(file)
+        if choice.plan is not None:
+            ran_on[name] = f"{choice.backend} plan {choice.plan.parent.name}"
+        else:
+            ran_on[name] = engine.providers[0] if isinstance(engine, OrtEngine) else str(choice.backend)
+        return engine
 
     return open_engine
 
@@ -137,17 +199,22 @@ def _check_data(
             f"{data.file}: {bundle.folder} was exported without data, so there is nothing to compare with; "
             "export it again with --verify"
         )
-    if sha256_of(data.file) != reference.sha256 or len(data.samples) < reference.rows:
+    if sha256_of(data.file) != reference.sha256:
         raise DataError(
             f"{data.file}: is not the file that {bundle.folder} was exported with ({reference.file}, "
             f"SHA-256 {reference.sha256[:12]}...); give that one"
+        )
+    if len(data.samples) < reference.rows:
+        raise DataError(
+            f"{data.file}: came with its first {len(data.samples)} rows; expected {reference.rows} of them, as in the "
+            f"export; give --limit {reference.rows}, or leave it out"
         )
     answers = read_answers(bundle.folder, "data")
     records: list[ParityRecord] = []
     if "classifier" in roles:
         records += _check_decisions(bundle, answers["logits"], data, reference.rows)
     if "captioner" in roles and reference.images:
-        shown = [image for image in data.images if image is not None][: reference.images]
+        shown = list(itertools.islice((image for image in data.images if image is not None), reference.images))
         found = bundle.captioner().caption(shown)
         shares = [
             parity.common_prefix(mine.split(), theirs.split())
@@ -168,7 +235,8 @@ def _check_decisions(bundle: Bundle, before: Any, data: GivenData, rows: int) ->
     from mi2rage_training.metrics import relation_metrics
 
     classifier = bundle.classifier()
-    after = classifier.logits(data.samples[:rows], data.images[:rows])
+    images = data.images[:rows]
+    after = classifier.logits(data.samples[:rows], images, first_equal_images(images))
     bounds = parity.BOUNDS[_precision(bundle, "classifier")]
     agree = parity.agreement(after, before)
     records = [
@@ -212,16 +280,17 @@ def check_in_process(
     folder: Path,
     *,
     components: Sequence[str] = (),
+    backend: str = "auto",
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     data: Path | None = None,
     images: Path | None = None,
     limit: int | None = None,
-) -> list[ParityRecord]:
+) -> Checks:
     """`check_bundle` in a process of its own, which shares nothing with the one that exported.
 
     Args:
-        folder, components, providers, threads: see `check_bundle`.
+        folder, components, backend, providers, threads: see `check_bundle`.
         data, images, limit: see `read_data`.
 
     Raises:
@@ -230,6 +299,7 @@ def check_in_process(
     job = {
         "folder": str(folder),
         "components": list(components),
+        "backend": backend,
         "providers": list(providers) if providers else None,
         "threads": threads,
         "data": str(data) if data else None,
@@ -247,9 +317,12 @@ def check_in_process(
         raise EngineError(
             f"{folder}: the process that checks it ended ({reason}); expected its figures; is there enough memory?"
         ) from error
+    for line in done.stderr.splitlines():
+        logger.warning("%s", line)
     if "error" in answer:
         raise (InputError if answer["exit_code"] == InputError.exit_code else EngineError)(answer["error"])
-    return [ParityRecord.model_validate(record) for record in answer["records"]]
+    records = [ParityRecord.model_validate(record) for record in answer["records"]]
+    return Checks(records, answer["ran_on"], answer["left_out"])
 
 
 def _main() -> None:
@@ -259,14 +332,19 @@ def _main() -> None:
         data = None
         if job["data"] is not None:
             data = read_data(Path(job["data"]), Path(job["images"]) if job["images"] else None, job["limit"])
-        records = check_bundle(
+        checks = check_bundle(
             Path(job["folder"]),
             components=job["components"],
+            backend=job["backend"],
             providers=job["providers"],
             threads=job["threads"],
             data=data,
         )
-        answer: dict[str, Any] = {"records": [record.model_dump() for record in records]}
+        answer: dict[str, Any] = {
+            "records": [record.model_dump() for record in checks.records],
+            "ran_on": checks.ran_on,
+            "left_out": checks.left_out,
+        }
     except Mi2rageError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
     json.dump(answer, sys.stdout)

@@ -48,7 +48,7 @@ def test_the_bundle_holds_it_and_what_it_was_checked_for(static_bundle: Path) ->
     assert measures(found, "captioner/decoder_static") == measures(found, "captioner/decoder") | measures(
         found, "captioner"
     )
-    again = check_bundle(static_bundle, threads=1)
+    again = check_bundle(static_bundle, threads=1).records
     assert {record.subject for record in again} == {record.subject for record in found.parity}
     assert all(record.passed for record in again)
 

@@ -12,13 +12,26 @@ import onnx_ir
 import pytest
 from typer.testing import CliRunner
 
+from mi2rage_engines import open_engine
+from mi2rage_engines.backend import Findings
 from mi2rage_engines.bundle import MANIFEST_NAME, open_manifest, record_files
-from mi2rage_engines.errors import BundleError, DataError, InputError, ParityError
+from mi2rage_engines.errors import (
+    BundleError,
+    DataError,
+    EngineError,
+    InputError,
+    OutsideProfileError,
+    ParityError,
+)
+from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_export.bundle_writer import export_bundle
-from mi2rage_export.given_data import read_data
+from mi2rage_export.given_data import first_equal_images, read_data
 from mi2rage_export.reference import read_answers, write_answers
 from mi2rage_export.request import ExportRequest
 from mi2rage_export.verify import check_bundle, check_in_process
+from mi2rage_rt import images
+from mi2rage_rt.bundle import Bundle
+from mi2rage_rt.classifier_batches import distinct_images
 from mi2rage_rt.images import encode_image
 from mi2rage_rt.samples import write_samples
 from tests.models.tiny_captioner import random_images
@@ -108,7 +121,7 @@ def test_the_task_is_measured_before_and_after(measured, data):
     assert {"decision_agreement", "f1_before", "f1_after", "f1_change"} == set(found)
     assert found["f1_change"].value == pytest.approx(abs(found["f1_after"].value - found["f1_before"].value))
     assert found["f1_change"].cases == 24
-    again = check_bundle(measured, data=read_data(data))
+    again = check_bundle(measured, data=read_data(data)).records
     assert {record.measure: record.value for record in again if record.subject == "data/classifier"} == {
         name: pytest.approx(record.value) for name, record in found.items()
     }
@@ -149,3 +162,79 @@ def test_answers_that_are_gone_or_damaged(measured, tmp_path):
         damage(folder / "parity" / "classifier.npz")
         with pytest.raises(BundleError, match=r"classifier\.npz"):
             check_bundle(folder)
+
+
+def test_what_ran_is_said_and_what_cannot_run_is_refused(exported_bundle):
+    run = _command(exported_bundle, "--component", "classifier", "--backend", "ort-cpu")
+    assert run.exit_code == 0 and "figures hold, on CPUExecutionProvider" in run.output
+    checks = check_bundle(exported_bundle, components=("classifier",))
+    assert set(checks.ran_on) == {"classifier/image", "classifier/classifier"} and checks.left_out == {}
+    for arguments, said in (
+        (("--backend", "tensorrt"), "backend tensorrt: "),
+        (("--backend", "ort-cpu", "--provider", "CPUExecutionProvider"), "came with the providers"),
+        (("--provider", "Foo"), "provider Foo: is not in this onnxruntime"),
+    ):
+        error = _command(exported_bundle, *arguments).exception
+        assert isinstance(error, InputError) and said in str(error)
+
+
+def test_a_provider_that_falls_back_is_no_check(exported_bundle, monkeypatch):
+    monkeypatch.setattr(
+        open_engine, "look_around", lambda: Findings(("CUDAExecutionProvider", "CPUExecutionProvider"), None, ())
+    )
+    monkeypatch.setattr(open_engine, "OrtEngine", lambda path, providers, **options: OrtEngine(path, **options))
+    with pytest.raises(EngineError, match=r"provider CUDAExecutionProvider: .*could not start"):
+        check_bundle(exported_bundle, components=("classifier",), providers=("CUDAExecutionProvider",))
+
+
+def test_warnings_of_the_checking_process_are_passed_on(exported_bundle, tmp_path, monkeypatch, caplog):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\necho "CUDA could not start" >&2\necho \'{"records": [], "ran_on": {}, "left_out": {}}\'\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    check_in_process(exported_bundle)
+    assert "CUDA could not start" in caplog.messages
+
+
+def test_cases_outside_of_a_plan_are_left_out_and_counted(exported_bundle, monkeypatch):
+    run = OrtEngine.run
+
+    def run_small(engine, inputs):
+        if engine.name.endswith("image.onnx") and len(inputs["pixel_values"]) > 1:
+            raise OutsideProfileError("image.plan: batch is 2; expected 1")
+        return run(engine, inputs)
+
+    monkeypatch.setattr(OrtEngine, "run", run_small)
+    checks = check_bundle(exported_bundle, components=("classifier",), backend="ort-cpu")
+    assert "cases are outside of the plan's profiles" in checks.left_out["classifier/image"]
+    counted = {record.subject: record.cases for record in checks.records}
+    assert counted.get("classifier/image", 0) < counted["classifier/classifier"]
+
+
+def test_images_are_read_when_needed_and_give_the_same(data, measured, monkeypatch):
+    read = []
+    monkeypatch.setattr(images, "load_image", lambda file, load=images.load_image: read.append(file) or load(file))
+    given = read_data(data)
+    assert read == []
+    whole = list(given.images)
+    assert first_equal_images(given.images) == distinct_images(whole)
+    shown = [*whole, whole[1].copy(), None]
+    assert first_equal_images(shown) == distinct_images(shown)
+    runtime = Bundle.open(measured, "ort-cpu", threads=1).classifier()
+    lazily = runtime.logits(given.samples, given.images, first_equal_images(given.images))
+    np.testing.assert_array_equal(lazily, runtime.logits(given.samples, whole))
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_its_sample(data, tmp_path):
+    folder = shutil.copytree(data.parent, tmp_path / "data")
+    (folder / "5.png").write_bytes(b"no image")
+    given = read_data(folder / "rows.jsonl")
+    with pytest.raises(DataError, match=r"sample 5: .*5\.png"):
+        first_equal_images(given.images)
+
+
+def test_a_limit_that_is_too_low_is_said(measured, data):
+    with pytest.raises(DataError, match="came with its first 5 rows; expected 24 of them"):
+        check_bundle(measured, data=read_data(data, limit=5))

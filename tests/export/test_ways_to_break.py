@@ -219,6 +219,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--captioner", "CAPTIONER", "--precision", "int8-qdq", "--calibration", "plain.jsonl"),
         ("plain.jsonl: no sample has an image", "another --precision"),
     ),
+    "classifier's calibration without images": (
+        ("--classifier", "CLASSIFIER", "--precision", "int8-qdq", "--calibration", "plain.jsonl"),
+        ("plain.jsonl: no sample has an image", "the classifier another --precision"),
+    ),
     "calibration image missing": (
         ("--classifier", "CLASSIFIER", "--calibration", "pictured.jsonl"),
         ("sample s0", "'gone.png'", "--images"),
