@@ -75,6 +75,7 @@ def export(
     from mi2rage_export.bundle_writer import export_bundle
     from mi2rage_export.destination import destination
     from mi2rage_export.memory import naming_lack_of_memory
+    from mi2rage_export.parity import FiguresError
     from mi2rage_export.request import ExportRequest, parts_from_options, precisions_from_options
 
     request = ExportRequest(
@@ -96,7 +97,11 @@ def export(
         seed=seed,
     )
     with destination(out, force=force) as place, naming_lack_of_memory(str(out)):
-        manifest = export_bundle(place, request, force=force)
+        try:
+            manifest = export_bundle(place, request, force=force)
+        except FiguresError as error:
+            _print_parity(error.records, to_stderr=True)
+            raise
     if as_json:
         typer.echo(manifest.model_dump_json(indent=2))
         return
@@ -155,8 +160,13 @@ def verify(
     parity.demand(records)
 
 
-def _print_parity(records: Sequence[ParityRecord]) -> None:
+def _print_parity(records: Sequence[ParityRecord], *, to_stderr: bool = False) -> None:
+    from mi2rage_export.parity import written
+
     for record in records:
-        bound = "" if record.threshold is None else f" (bound {record.threshold:.6g})"
+        value, bound = f"{record.value:.4g}", ""
+        if record.threshold is not None:
+            value, threshold = written(record.value, record.threshold)
+            bound = f" (bound {threshold})"
         failed = "" if record.passed else "  FAILED"
-        typer.echo(f"  {record.subject:<24} {record.measure:<19} {record.value:.4g}{bound}{failed}")
+        typer.echo(f"  {record.subject:<24} {record.measure:<19} {value}{bound}{failed}", err=to_stderr)

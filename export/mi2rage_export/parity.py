@@ -42,6 +42,7 @@ __all__ = [
     "BOUNDS",
     "Bounds",
     "Difference",
+    "FiguresError",
     "agreement",
     "check_captioner",
     "check_classifier",
@@ -55,6 +56,7 @@ __all__ = [
     "random_images",
     "random_samples",
     "record",
+    "written",
 ]
 
 
@@ -109,20 +111,40 @@ def lowest(graphs: Iterable[GraphSpec]) -> Precision:
     return max((graph.precision for graph in graphs), key=_ORDER.index, default="fp32")
 
 
+class FiguresError(ParityError):
+    """A figure breaks its bound; `records` has all figures, those that hold too."""
+
+    def __init__(self, message: str, records: Sequence[ParityRecord]) -> None:
+        super().__init__(message)
+        self.records = tuple(records)
+
+
+def written(value: float, threshold: float) -> tuple[str, str]:
+    """A figure and its bound in as few digits as tell them apart."""
+    for digits in (3, 6, 9):
+        if f"{value:.{digits}g}" != f"{threshold:.{digits}g}":
+            return f"{value:.{digits}g}", f"{threshold:.{digits}g}"
+    return repr(value), repr(threshold)
+
+
 def demand(records: Sequence[ParityRecord]) -> None:
     """Nothing, if every bound holds.
 
     Raises:
-        ParityError: one does not; the message has subject, measure, value and bound of the first, and their number.
+        FiguresError: one does not; the message has subject, measure, value and bound of the first, and their number.
     """
     failed = [record for record in records if not record.passed]
     if failed:
         first = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise ParityError(
-            f"{first.subject}: {first.measure} is {first.value:.6g} over {first.cases} inputs, the bound is "
-            f"{first.threshold:.6g}{more}; the exported model answers differently from the PyTorch model; export in a "
-            "higher --precision, or report it with the model's name and the versions that 'mi2rage-rt doctor' prints"
+        value, bound = (f"{first.value:.3g}", "none, but a finite number")
+        if first.threshold is not None:
+            value, bound = written(first.value, first.threshold)
+        raise FiguresError(
+            f"{first.subject}: {first.measure} is {value} over {first.cases} inputs, the bound is {bound}{more}; the "
+            "exported model answers differently from the PyTorch model; export in a higher --precision, or report it "
+            "with the model's name and the versions that 'mi2rage-rt doctor' prints",
+            records,
         )
 
 

@@ -235,6 +235,24 @@ def test_a_graph_that_differs_is_not_written(tiny_captioner, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failing_export_prints_all_figures(tmp_path, monkeypatch, capsys):
+    from mi2rage_export import commands, parity
+
+    records = [
+        parity.record("captioner/vision", "cosine", 0.9999989, 0.999999, 3, least=True),
+        parity.record("captioner/vision", "max_abs", 0.5, None, 3),
+    ]
+    monkeypatch.setattr(bundle_writer, "export_bundle", lambda *_args, **_options: parity.demand(records))
+    with pytest.raises(ParityError, match=r"cosine is 0\.9999989 over 3 inputs, the bound is 0\.999999;"):
+        commands.export(tmp_path / "bundle", captioner="embedded")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [line.split() for line in printed.err.splitlines()] == [
+        ["captioner/vision", "cosine", "0.9999989", "(bound", "0.999999)", "FAILED"],
+        ["captioner/vision", "max_abs", "0.5"],
+    ]
+
+
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mi2rage-rt\[export\]'"):

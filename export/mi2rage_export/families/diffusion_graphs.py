@@ -156,7 +156,7 @@ def text_encoder_graph(text_encoder: Any, name: str, length: int, shapes: dict[s
         outputs=outputs_from(**shapes),
         reference=lambda input_ids: picked_outputs(text_encoder, names, input_ids),
         traced={"batch": 2},
-        checked=({"batch": 1}, {"batch": 2}, {"batch": 8}),
+        checked=({"batch": 1}, {"batch": 2}, {"batch": 16}),
         axes={"batch": AxisRange(min=1, opt=2, max=16)},
     )
 

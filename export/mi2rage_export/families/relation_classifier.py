@@ -97,7 +97,7 @@ def _image_graph(classifier: LoadedClassifier, shapes: _Shapes) -> Graph:
         outputs=outputs_from(**{name: ("batch", *shape) for name, shape in shapes.items()}),
         reference=lambda pixels: module.image_features(module.patches(pixels)),
         traced={"batch": 2},
-        checked=({"batch": 1}, {"batch": 3}, {"batch": 8}),
+        checked=({"batch": 1}, {"batch": 3}, {"batch": _BATCH.max}),
         axes={"batch": _BATCH},
     )
 
@@ -131,6 +131,7 @@ def _pair_graph(classifier: LoadedClassifier, shapes: _Shapes) -> Graph:
             {"batch": 1, "sequence": min(8, limit), "images": 1},
             {"batch": 3, "sequence": min(32, limit), "images": 2},
             {"batch": 8, "sequence": limit, "images": 8},
+            {"batch": _BATCH.max, "sequence": min(8, limit), "images": _BATCH.max},
         ),
         axes={
             "batch": _BATCH,
