@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import subprocess
@@ -17,13 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest, sha256_of
+from mi2rage_engines.bundle import Manifest, ParityRecord, open_manifest
 from mi2rage_engines.engine import Engine
 from mi2rage_engines.errors import (
     BundleError,
-    DataError,
     EngineError,
     InputError,
     Mi2rageError,
@@ -33,10 +29,10 @@ from mi2rage_engines.open_engine import EngineOpener
 from mi2rage_engines.ort_engine import OrtEngine
 from mi2rage_engines.spec import GraphSpec, Precision
 from mi2rage_export import parity
-from mi2rage_export.given_data import GivenData, first_equal_images, read_data
-from mi2rage_export.reference import DataReference, read_answers, read_references
+from mi2rage_export.given_checks import check_given, precision_of
+from mi2rage_export.given_data import GivenData, read_data
+from mi2rage_export.reference import read_references
 from mi2rage_rt.bundle import Bundle
-from mi2rage_rt.noise import seed_from
 
 if TYPE_CHECKING:
     from mi2rage_export.reference import CaptionerReference, References
@@ -112,7 +108,7 @@ def check_bundle(
                 checks.records.extend(_check_component(bundle, role, references))
         if data is not None:
             with _leaving_out("data", checks):
-                checks.records.extend(_check_data(bundle, chosen, references.data, data))
+                checks.records.extend(check_given(bundle, chosen, references.data, data))
         if chosen and not checks.records:
             raise EngineError(
                 f"{folder}: every reference case is outside of the plans' profiles; expected some inside; build the "
@@ -167,7 +163,7 @@ def _noting(
 
 
 def _check_component(bundle: Bundle, role: str, references: References) -> list[ParityRecord]:
-    precision = _precision(bundle, role)
+    precision = precision_of(bundle, role)
     reference = getattr(references, role)
     if role == "generator":
         return parity.check_generator(bundle.generator(), reference, bundle.folder, precision)
@@ -184,96 +180,6 @@ def _check_captions(bundle: Bundle, reference: CaptionerReference, precision: Pr
         static = bundle.captioner(CaptionOptions(static_cache=True))
         records += parity.check_captioner(static, reference, precision, "captioner/decoder_static")
     return records
-
-
-def _precision(bundle: Bundle, role: str) -> Precision:
-    return parity.lowest(getattr(bundle.manifest, role).graphs.values())
-
-
-def _check_data(
-    bundle: Bundle, roles: Sequence[str], reference: DataReference | None, data: GivenData
-) -> list[ParityRecord]:
-    """The task's own figures on given samples: F1 before and after, agreement of decisions, captions, images."""
-    if reference is None:
-        raise DataError(
-            f"{data.file}: {bundle.folder} was exported without data, so there is nothing to compare with; "
-            "export it again with --verify"
-        )
-    if sha256_of(data.file) != reference.sha256:
-        raise DataError(
-            f"{data.file}: is not the file that {bundle.folder} was exported with ({reference.file}, "
-            f"SHA-256 {reference.sha256[:12]}...); give that one"
-        )
-    if len(data.samples) < reference.rows:
-        raise DataError(
-            f"{data.file}: came with its first {len(data.samples)} rows; expected {reference.rows} of them, as in the "
-            f"export; give --limit {reference.rows}, or leave it out"
-        )
-    answers = read_answers(bundle.folder, "data")
-    records: list[ParityRecord] = []
-    if "classifier" in roles:
-        records += _check_decisions(bundle, answers["logits"], data, reference.rows)
-    if "captioner" in roles and reference.images:
-        shown = list(itertools.islice((image for image in data.images if image is not None), reference.images))
-        found = bundle.captioner().caption(shown)
-        shares = [
-            parity.common_prefix(mine.split(), theirs.split())
-            for mine, theirs in zip(found, reference.captions, strict=True)
-        ]
-        equal = float(np.mean([mine == theirs for mine, theirs in zip(found, reference.captions, strict=True)]))
-        bound = parity.BOUNDS[_precision(bundle, "captioner")].caption_prefix
-        records.append(
-            parity.record("data/captioner", "caption_prefix", float(np.mean(shares)), bound, len(shown), least=True)
-        )
-        records.append(parity.record("data/captioner", "caption_agreement", equal, bound, len(shown), least=True))
-    if "generator" in roles and reference.prompts:
-        records.append(_check_images(bundle, answers["images"], data, reference))
-    return records
-
-
-def _check_decisions(bundle: Bundle, before: Any, data: GivenData, rows: int) -> list[ParityRecord]:
-    from mi2rage_training.metrics import relation_metrics
-
-    classifier = bundle.classifier()
-    images = data.images[:rows]
-    after = classifier.logits(data.samples[:rows], images, first_equal_images(images))
-    bounds = parity.BOUNDS[_precision(bundle, "classifier")]
-    agree = parity.agreement(after, before)
-    records = [
-        parity.record("data/classifier", "decision_agreement", agree, bounds.decision_agreement, rows, least=True)
-    ]
-    gold = [sample.label for sample in data.samples[:rows]]
-    if all(label is not None for label in gold):
-        labels = np.array(classifier.labels)
-        f1 = [
-            100 * relation_metrics([str(label) for label in gold], labels[logits.argmax(-1)].tolist()).f1
-            for logits in (before, np.nan_to_num(after))
-        ]
-        records += [
-            parity.record("data/classifier", "f1_before", f1[0], None, rows),
-            parity.record("data/classifier", "f1_after", f1[1], None, rows),
-            # Few rows cannot hold a bound that is finer than two of their decisions.
-            parity.record(
-                "data/classifier",
-                "f1_change",
-                abs(f1[1] - f1[0]),
-                max(bounds.f1, 200 / rows) if bounds.f1 else 0.0,
-                rows,
-            ),
-        ]
-    return records
-
-
-def _check_images(bundle: Bundle, expected: Any, data: GivenData, reference: DataReference) -> ParityRecord:
-    from mi2rage_rt.generator import GenerateOptions
-
-    samples = data.samples[: reference.prompts]
-    seeds = [seed_from("parity data", sample.id) for sample in samples]
-    prompts = [sample.text for sample in samples]
-    images = bundle.generator().generate(prompts, seeds, GenerateOptions(steps=reference.steps))
-    bound = parity.BOUNDS[_precision(bundle, "generator")].image_psnr_db
-    value = parity.psnr_db(images, expected)
-    return parity.record("data/generator", "image_psnr_db", value, bound, len(samples), least=True)
 
 
 def check_in_process(
