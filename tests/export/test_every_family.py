@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 import pytest
 
@@ -74,3 +75,14 @@ def test_tensorrt_builds_and_attests_it(bundle, tmp_path, monkeypatch):
         print(f"{result.path.stem}: {attested.share:.0%} of {sum(attested.layers.values())} layers in fp16")
         least = 0.5 if result.record.request.is_mixed else 0.9
         assert attested.share >= least
+
+
+def test_tensorrt_builds_fp32(exported_bundle, tmp_path, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    from mi2rage_rt.build import BuildSettings, build_bundle
+
+    bundle = shutil.copytree(exported_bundle, tmp_path / "bundle")
+    monkeypatch.setenv("MI2RAGE_CACHE", str(tmp_path / "cache"))
+    results = build_bundle(bundle, BuildSettings(backend="tensorrt-rtx", targets=(TARGETS,)))
+    assert len(results) == len(open_manifest(bundle).graphs)
+    assert {(result.record.attestation.asked, result.record.attestation.share) for result in results} == {("fp32", 1.0)}
