@@ -159,7 +159,7 @@ def test_a_lower_precision_that_drifts_is_a_row_and_not_an_end(exported_bundle, 
     for graph in manifest["classifier"]["graphs"].values():
         graph["precision"] = "fp16"
     (other / "bundle.json").write_text(json.dumps(manifest), encoding="utf-8")
-    strict = parity.Bounds(-1.0, 2.0, 200.0, None, 1.0, 0.0)
+    strict = parity.Bounds(-1.0, 2.0, -1.0, 200.0, None, 1.0, 0.0)
     monkeypatch.setitem(parity.BOUNDS, "fp16", strict)
     report = run_bench(exported_bundle, BenchRequest(also=(other,), subjects=("classifier",), **QUICK))
     side = report.cells[0].sides[-1]
