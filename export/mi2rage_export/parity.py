@@ -121,8 +121,8 @@ class FiguresError(ParityError):
 
 def written(value: float, threshold: float) -> tuple[str, str]:
     """A figure and its bound in as few digits as tell them apart."""
-    for digits in (3, 6, 9):
-        if f"{value:.{digits}g}" != f"{threshold:.{digits}g}":
+    for digits in (4, 6, 9):
+        if value == threshold or f"{value:.{digits}g}" != f"{threshold:.{digits}g}":
             return f"{value:.{digits}g}", f"{threshold:.{digits}g}"
     return repr(value), repr(threshold)
 
@@ -137,7 +137,7 @@ def demand(records: Sequence[ParityRecord]) -> None:
     if failed:
         first = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        value, bound = (f"{first.value:.3g}", "none, but a finite number")
+        value, bound = (f"{first.value:.4g}", "none, but a finite number")
         if first.threshold is not None:
             value, bound = written(first.value, first.threshold)
         raise FiguresError(
