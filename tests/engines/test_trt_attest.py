@@ -130,6 +130,14 @@ def test_int8_is_held_to_what_the_graph_quantises(int8: int, fp32: int, is_grant
             demand(attestation, "g", is_mixed=True)
 
 
+def test_a_layer_lost_by_a_graph_that_is_hardly_int8_counts() -> None:
+    attestation = attest(
+        "int8", "build log", heavy("int8", 1) + heavy("fp32", 25), heavy("int8", 2) + heavy("fp32", 24)
+    )
+    with pytest.raises(EngineError, match="1 in int8|25 in fp32"):
+        demand(attestation, "g", is_mixed=True)
+
+
 def test_a_graph_that_is_hardly_int8_is_said() -> None:
     def said(int8: int, fp32: int) -> str | None:
         layers = heavy("int8", int8) + heavy("fp32", fp32)
