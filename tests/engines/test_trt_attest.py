@@ -134,7 +134,7 @@ def test_a_layer_lost_by_a_graph_that_is_hardly_int8_counts() -> None:
     attestation = attest(
         "int8", "build log", heavy("int8", 1) + heavy("fp32", 25), heavy("int8", 2) + heavy("fp32", 24)
     )
-    with pytest.raises(EngineError, match="1 in int8|25 in fp32"):
+    with pytest.raises(EngineError, match="25 in fp32"):
         demand(attestation, "g", is_mixed=True)
 
 
